@@ -1,0 +1,1 @@
+"""Fused kernels of the search cell; installed as ``pdarts_fast.kernels``."""

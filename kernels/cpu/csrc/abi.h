@@ -1,0 +1,71 @@
+// What Python hands to the kernels: plain structs of 64-bit fields, mirrored in ../abi.py.
+//
+// Arrays are channels-last: [images, height, width, channels] of float or bf16 ("storage"), with
+// a pixel stride in elements where an array is a slice of channels. `channels` is a multiple of
+// the vector width. M = images * out_height * out_width.
+#pragma once
+
+#include <cstdint>
+
+namespace pdarts {
+
+enum Kind : int64_t {
+  kConv = 0,       // y = pointwise(depthwise(a)), a = relu(x) or relu(input * scale + shift)
+  kMaxPool = 1,    // y = 3x3 maximum of x, padding 1
+  kAvgPool = 2,    // y = 3x3 mean of x over the pixels inside the image
+  kFactorized = 3, // y = conv(relu(x)) at even pixels + conv(relu(x)) at odd pixels
+  kPointwise = 4,  // y = conv1x1(relu(x))
+  kSkip = 5,       // x itself, with dropout if stream >= 0
+};
+
+// One operation of one edge, or one half of a separable convolution.
+struct Branch {
+  int64_t kind, kernel, dilation, stride, padding;
+  int64_t stream;                // dropout stream of a skip, -1 for none
+  const float* depthwise;        // [C, kernel, kernel]
+  const float* pointwise;        // [C, Cx]; [C, 2 Cx] for kFactorized
+  void* y;                       // [M, C] storage: output before BatchNorm
+  const void* input;             // [M, C] storage: what the second half of a separable reads
+  int64_t input_stride;
+  const float* scale;            // [C], meaning: see each primitive
+  const float* shift;            // [C]
+  const void* grad;              // [M, C] storage: gradient of the normalised output
+  int64_t grad_stride;
+  const float* coef;             // [3, C]: dy = coef[0] * grad + coef[1] * y + coef[2]
+  void* grad_input;              // [M, C] storage, written
+  double* sums;                  // [2, C], written
+  float* grad_depthwise;         // [C, kernel, kernel], written; null if nobody asks
+  float* grad_pointwise;         // [C, Cx] or [C, 2 Cx], written; null if nobody asks
+};
+
+struct Task {
+  int64_t images, in_height, in_width, out_height, out_width;
+  int64_t in_channels;           // Cx, of x
+  int64_t channels;              // C, of y
+  int64_t real_channels;         // C without padding: what the dropout stream counts
+  int64_t bf16, threads, groups;
+  int64_t num_branches;
+  Branch* branches;
+  const void* x;                 // [images, in_height, in_width, Cx] storage
+  int64_t x_stride;
+  void* out;                     // written
+  int64_t out_stride;
+  const void* incoming;          // fan_in: gradient to add, or null
+  int64_t incoming_stride;
+  const float* shift;            // mix: [C] to add
+  double* sums;                  // reduce: [C], sum of the gradient
+  const int64_t* dropout_state;  // seed, step
+  const float* dropout_rate;     // [1]
+};
+
+using Primitive = void (*)(const Task&);
+
+enum PrimitiveIndex { kFanOut, kMid, kAffine, kMix, kReduce, kMidBackward, kFanIn, kNumPrimitives };
+
+struct Variant {
+  const char* name;
+  int64_t width;                 // floats in a vector
+  Primitive primitives[kNumPrimitives];
+};
+
+}  // namespace pdarts

@@ -1,0 +1,165 @@
+// What mid_backward and fan_in share: packed weights, partial sums, dy, and the product with W.
+#pragma once
+
+#include "depthwise.h"
+#include "gather.h"
+#include "product.h"
+#include "statistics.h"
+
+namespace pdarts {
+namespace PDARTS_VARIANT {
+
+struct BackwardBranch {
+  float* depthwise;       // packed
+  float* flipped;         // packed, turned by 180 degrees
+  float* pointwise;       // W [C, depth], packed for dy W
+  float* grad_depthwise;  // [groups][C / V][taps][V]
+  float* grad_pointwise;  // [groups][C, depth]
+};
+
+PDARTS_INLINE bool has_weights(const Branch& b) {
+  return b.kind == kConv || b.kind == kFactorized || b.kind == kPointwise;
+}
+
+PDARTS_INLINE int64_t product_depth(const Task& t, const Branch& b) {
+  return b.kind == kConv ? t.channels : gather_depth(t, b);
+}
+
+PDARTS_INLINE int64_t tap_count(const Branch& b) {
+  return b.kind == kConv ? b.kernel * b.kernel : 0;
+}
+
+PDARTS_INLINE int64_t backward_bytes(const Task& t) {
+  int64_t bytes = Scratch::bytes_for<BackwardBranch>(t.num_branches);
+  for (int64_t i = 0; i < t.num_branches; ++i) {
+    const Branch& b = t.branches[i];
+    if (!has_weights(b)) continue;
+    const int64_t taps = tap_count(b) * t.channels, weights = product_depth(t, b) * t.channels;
+    bytes += 2 * Scratch::bytes_for<float>(taps) + Scratch::bytes_for<float>(weights);
+    bytes += Scratch::bytes_for<float>(t.groups * taps);
+    bytes += Scratch::bytes_for<float>(t.groups * weights);
+  }
+  return bytes;
+}
+
+PDARTS_INLINE float* zeros(Scratch& scratch, int64_t count) {
+  float* p = scratch.take<float>(count);
+  std::memset(p, 0, static_cast<size_t>(count) * sizeof(float));
+  return p;
+}
+
+PDARTS_INLINE BackwardBranch* prepare_backward(const Task& t, Scratch& scratch) {
+  scratch.reset(backward_bytes(t));
+  BackwardBranch* all = scratch.take<BackwardBranch>(t.num_branches);
+  for (int64_t i = 0; i < t.num_branches; ++i) {
+    const Branch& b = t.branches[i];
+    all[i] = BackwardBranch{};
+    if (!has_weights(b)) continue;
+    const int64_t taps = tap_count(b), depth = product_depth(t, b), channels = t.channels;
+    all[i].pointwise = scratch.take<float>(channels * depth);
+    pack_panels(b.pointwise, depth, 1, channels, depth, all[i].pointwise);
+    if (b.grad_pointwise) all[i].grad_pointwise = zeros(scratch, t.groups * channels * depth);
+    if (b.kind != kConv) continue;
+    all[i].depthwise = scratch.take<float>(channels * taps);
+    pack_depthwise(b.depthwise, channels, taps, false, all[i].depthwise);
+    all[i].flipped = scratch.take<float>(channels * taps);
+    pack_depthwise(b.depthwise, channels, taps, true, all[i].flipped);
+    if (b.grad_depthwise) all[i].grad_depthwise = zeros(scratch, t.groups * channels * taps);
+  }
+  return all;
+}
+
+// Weight gradients of every branch from the groups' partial ones.
+PDARTS_INLINE void finish_backward(const Task& t, const BackwardBranch* all) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(static_cast<int>(t.threads))
+  for (int64_t i = 0; i < t.num_branches; ++i) {
+    const Branch& b = t.branches[i];
+    const int64_t taps = tap_count(b);
+    if (all[i].grad_pointwise)
+      sum_groups(all[i].grad_pointwise, t.groups, t.channels * product_depth(t, b),
+                 [&](int64_t j, float v) { b.grad_pointwise[j] = v; });
+    if (all[i].grad_depthwise)
+      sum_groups(all[i].grad_depthwise, t.groups, t.channels * taps, [&](int64_t j, float v) {
+        const int64_t c = j / (taps * V) * V + j % V;
+        b.grad_depthwise[c * taps + j / V % taps] = v;
+      });
+  }
+}
+
+// dy [pixels, C] = coef[0] * grad + coef[1] * y + coef[2], for pixels from `first` of the batch;
+// added to what is there if `add`.
+template <class T>
+PDARTS_INLINE void output_gradient(const Task& t, const Branch& b, int64_t first, int64_t pixels,
+                                   bool add, float* dy) {
+  const int64_t channels = t.channels;
+  const T* g = static_cast<const T*>(b.grad) + first * b.grad_stride;
+  const T* y = static_cast<const T*>(b.y) + first * channels;
+  for (int64_t p = 0; p < pixels; ++p)
+    for (int64_t c = 0; c < channels; c += V) {
+      Vec v = load(b.coef + c) * load(g + p * b.grad_stride + c) +
+              load(b.coef + channels + c) * load(y + p * channels + c) +
+              load(b.coef + 2 * channels + c);
+      float* o = dy + p * channels + c;
+      if (add) v += load(o);
+      store(o, v);
+    }
+}
+
+// For a convolution and output rows [begin, end) of image n: the gradient of the depthwise output
+// into `grad` (a plane), and the gradient of the pointwise weights from the recomputed depthwise
+// output of `src`. `dy` and `a` hold a chunk each.
+template <class T>
+PDARTS_INLINE void pointwise_backward(const Task& t, const Branch& b, const BackwardBranch& packed,
+                                      int64_t group, int64_t n, int64_t begin, int64_t end,
+                                      const Plane& src, const Plane& grad, float* dy, float* a) {
+  const int64_t channels = t.channels, width = t.out_width, pixels = (end - begin) * width;
+  output_gradient<T>(t, b, (n * t.out_height + begin) * width, pixels, false, dy);
+  int64_t row = begin, column = 0, last = 0;
+  product(dy, channels, pixels, channels, packed.pointwise, channels,
+          [&](int64_t p, int64_t block, Vec v) {
+            // Pixels come in order within a panel: follow the row instead of dividing.
+            if (p < last) {
+              row = begin;
+              column = last = 0;
+            }
+            column += p - last;
+            last = p;
+            while (column >= width) {
+              column -= width;
+              ++row;
+            }
+            store(grad.at(block, row, column), v);
+          });
+  if (!packed.grad_pointwise) return;
+  with_kernel(b, [&](auto k, auto d, auto s) {
+    depthwise_rows<k.value, d.value, s.value>(
+        src, b.padding, packed.depthwise, channels / V, begin, end, width,
+        [&](int64_t r, int64_t c, int64_t block, Vec v) {
+          store(a + ((r - begin) * width + c) * channels + block * V, v);
+        });
+  });
+  outer(dy, channels, a, channels, pixels,
+        packed.grad_pointwise + group * channels * channels);
+}
+
+// Gradient of the depthwise weights of one image.
+PDARTS_INLINE void weights_backward(const Task& t, const Branch& b, const BackwardBranch& packed,
+                                    int64_t group, const Plane& src, const Plane& grad) {
+  if (!packed.grad_depthwise) return;
+  float* out = packed.grad_depthwise + group * t.channels * b.kernel * b.kernel;
+  with_kernel(b, [&](auto k, auto d, auto s) {
+    depthwise_weights<k.value, d.value, s.value>(grad, src, b.padding, t.channels / V,
+                                                 4 * rows_per_chunk(t), out);
+  });
+}
+
+PDARTS_INLINE int64_t widest_padding(const Task& t) {
+  int64_t padding = 0;
+  for (int64_t i = 0; i < t.num_branches; ++i)
+    if (t.branches[i].kind == kConv && t.branches[i].padding > padding)
+      padding = t.branches[i].padding;
+  return padding;
+}
+
+}  // namespace PDARTS_VARIANT
+}  // namespace pdarts

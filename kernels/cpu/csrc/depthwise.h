@@ -1,0 +1,160 @@
+// Depthwise convolution of one image in registers: forward, transposed, and of the weights.
+//
+// Weights are packed [C / V][K * K][V]. Along a row, one load of the input feeds up to K outputs,
+// so the loops are bound by multiply-adds and not by loads.
+#pragma once
+
+#include "scratch.h"
+
+namespace pdarts {
+namespace PDARTS_VARIANT {
+
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+// Output columns computed together: 8 accumulators, 5 weights and 1 input fit 16 registers.
+constexpr int kColumns = 8;
+
+// Calls f(Int<K>, Int<dilation>, Int<stride>).
+template <class F>
+PDARTS_INLINE void with_kernel(const Branch& b, F f) {
+  if (b.kernel == 3) {
+    if (b.dilation == 1) {
+      if (b.stride == 1) f(Int<3>{}, Int<1>{}, Int<1>{});
+      else f(Int<3>{}, Int<1>{}, Int<2>{});
+    } else {
+      if (b.stride == 1) f(Int<3>{}, Int<2>{}, Int<1>{});
+      else f(Int<3>{}, Int<2>{}, Int<2>{});
+    }
+  } else {
+    if (b.dilation == 1) {
+      if (b.stride == 1) f(Int<5>{}, Int<1>{}, Int<1>{});
+      else f(Int<5>{}, Int<1>{}, Int<2>{});
+    } else {
+      if (b.stride == 1) f(Int<5>{}, Int<2>{}, Int<1>{});
+      else f(Int<5>{}, Int<2>{}, Int<2>{});
+    }
+  }
+}
+
+// [C, K, K] -> [C / V][K * K][V]; `flip` turns the kernel by 180 degrees.
+PDARTS_INLINE void pack_depthwise(const float* w, int64_t channels, int64_t taps, bool flip,
+                                  float* packed) {
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t t = 0; t < taps; ++t)
+      packed[(c / V * taps + t) * V + c % V] = w[c * taps + (flip ? taps - 1 - t : t)];
+}
+
+// kColumns outputs of one row; `p` points at the first tap of the first output.
+template <int K, int D, int S>
+PDARTS_INLINE void depthwise_block(const float* p, int64_t row_stride, const float* w, Vec* acc) {
+  PDARTS_UNROLL
+  for (int i = 0; i < kColumns; ++i) acc[i] = Vec{};
+  for (int kh = 0; kh < K; ++kh) {
+    Vec tap[K];
+    PDARTS_UNROLL
+    for (int kw = 0; kw < K; ++kw) tap[kw] = load(w + (kh * K + kw) * V);
+    const float* row = p + kh * D * row_stride;
+    PDARTS_UNROLL
+    for (int i = 0; i < (kColumns - 1) * S + (K - 1) * D + 1; ++i) {
+      const Vec x = load(row + i * V);
+      PDARTS_UNROLL
+      for (int kw = 0; kw < K; ++kw) {
+        const int o = i - kw * D;
+        if (o >= 0 && o % S == 0 && o / S < kColumns) acc[o / S] += tap[kw] * x;
+      }
+    }
+  }
+}
+
+// Rows [begin, end) of the convolution: put(row, column, channel block, value) once an output.
+template <int K, int D, int S, class Put>
+PDARTS_INLINE void depthwise_rows(const Plane& src, int64_t padding, const float* w,
+                                  int64_t blocks, int64_t begin, int64_t end, int64_t width,
+                                  Put put) {
+  for (int64_t block = 0; block < blocks; ++block) {
+    const float* taps = w + block * K * K * V;
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t column = 0; column < width; column += kColumns) {
+        Vec acc[kColumns];
+        const float* p = src.at(block, row * S - padding, column * S - padding);
+        depthwise_block<K, D, S>(p, src.stride, taps, acc);
+        if (width - column >= kColumns) {
+          PDARTS_UNROLL
+          for (int i = 0; i < kColumns; ++i) put(row, column + i, block, acc[i]);
+        } else {
+          for (int64_t i = 0; i < width - column; ++i) put(row, column + i, block, acc[i]);
+        }
+      }
+  }
+}
+
+// dst += transposed convolution of `grad` (unpadded extent height x width), stride S: scatters.
+template <int K, int D, int S>
+PDARTS_INLINE void depthwise_scatter(const Plane& grad, const float* w, int64_t padding,
+                                     int64_t blocks, const Plane& dst) {
+  for (int64_t block = 0; block < blocks; ++block)
+    for (int64_t row = 0; row < grad.height; ++row)
+      for (int kh = 0; kh < K; ++kh)
+        for (int kw = 0; kw < K; ++kw) {
+          const Vec tap = load(w + (block * K * K + kh * K + kw) * V);
+          const float* g = grad.at(block, row, 0);
+          float* d = dst.at(block, row * S + kh * D - padding, kw * D - padding);
+          for (int64_t i = 0; i < grad.width; ++i)
+            store(d + i * S * V, load(d + i * S * V) + tap * load(g + i * V));
+        }
+}
+
+// Rows kFirst .. kFirst + kRows - 1 of the kernel, over rows [begin, end) of the output.
+template <int K, int D, int S, int kFirst, int kRows>
+PDARTS_INLINE void weight_taps(const Plane& grad, const Plane& src, int64_t padding, int64_t block,
+                               int64_t begin, int64_t end, float* out) {
+  Vec acc[kRows][K];
+  PDARTS_UNROLL
+  for (int kh = 0; kh < kRows; ++kh) {
+    PDARTS_UNROLL
+    for (int kw = 0; kw < K; ++kw) acc[kh][kw] = load(out + ((kFirst + kh) * K + kw) * V);
+  }
+  for (int64_t row = begin; row < end; ++row) {
+    const float* g = grad.at(block, row, 0);
+    const float* x = src.at(block, row * S + kFirst * D - padding, -padding);
+    for (int64_t i = 0; i < grad.width; ++i) {
+      const Vec gi = load(g + i * V);
+      PDARTS_UNROLL
+      for (int kh = 0; kh < kRows; ++kh) {
+        PDARTS_UNROLL
+        for (int kw = 0; kw < K; ++kw)
+          acc[kh][kw] += gi * load(x + kh * D * src.stride + (i * S + kw * D) * V);
+      }
+    }
+  }
+  PDARTS_UNROLL
+  for (int kh = 0; kh < kRows; ++kh) {
+    PDARTS_UNROLL
+    for (int kw = 0; kw < K; ++kw) store(out + ((kFirst + kh) * K + kw) * V, acc[kh][kw]);
+  }
+}
+
+// out [C / V][K * K][V] += sum over pixels of grad * shifted src. Sums run over at most
+// `rows` rows before they join the total: short chains keep float accurate.
+template <int K, int D, int S>
+PDARTS_INLINE void depthwise_weights(const Plane& grad, const Plane& src, int64_t padding,
+                                     int64_t blocks, int64_t rows, float* out) {
+  for (int64_t block = 0; block < blocks; ++block)
+    for (int64_t begin = 0; begin < grad.height; begin += rows) {
+      const int64_t end = min_of(grad.height, begin + rows);
+      float part[K * K * V];
+      std::memset(part, 0, sizeof part);
+      weight_taps<K, D, S, 0, 3>(grad, src, padding, block, begin, end, part);
+      if constexpr (K == 5)
+        weight_taps<K, D, S, 3, 2>(grad, src, padding, block, begin, end, part);
+      float* total = out + block * K * K * V;
+      for (int t = 0; t < K * K; ++t)
+        store(total + t * V, load(total + t * V) + load(part + t * V));
+    }
+}
+
+}  // namespace PDARTS_VARIANT
+}  // namespace pdarts

@@ -1,0 +1,70 @@
+// The C interface of the library: which variants this processor runs, and calling one.
+#include "abi.h"
+
+namespace pdarts {
+
+#define PDARTS_DECLARE(name) \
+  namespace name {           \
+  extern const Variant table; \
+  }
+
+#ifdef PDARTS_X86
+PDARTS_DECLARE(avx512)
+PDARTS_DECLARE(avx2)
+#endif
+PDARTS_DECLARE(generic)
+
+namespace {
+
+struct Entry {
+  const Variant* variant;
+  bool runs;
+};
+
+int64_t list(Entry* entries) {
+  int64_t count = 0;
+#ifdef PDARTS_X86
+  __builtin_cpu_init();
+  const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool wide = fma && __builtin_cpu_supports("avx512f") &&
+                    __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                    __builtin_cpu_supports("avx512vl");
+  entries[count++] = {&avx512::table, wide};
+  entries[count++] = {&avx2::table, fma};
+#endif
+  entries[count++] = {&generic::table, true};
+  return count;
+}
+
+}  // namespace
+}  // namespace pdarts
+
+extern "C" {
+
+// Bumped whenever abi.h changes, so that a library of another version is refused.
+int64_t pdarts_abi_version() { return 1; }
+
+int64_t pdarts_sizeof_task() { return sizeof(pdarts::Task); }
+
+int64_t pdarts_sizeof_branch() { return sizeof(pdarts::Branch); }
+
+// Variant number `index`, best first: its name, or null past the last. Writes whether this
+// processor runs it and how many floats its vectors have.
+const char* pdarts_variant(int64_t index, int64_t* runs, int64_t* width) {
+  pdarts::Entry entries[4];
+  if (index < 0 || index >= pdarts::list(entries)) return nullptr;
+  *runs = entries[index].runs;
+  *width = entries[index].variant->width;
+  return entries[index].variant->name;
+}
+
+// Runs a primitive of a variant. Returns 0, or 1 if there is no such primitive here.
+int64_t pdarts_run(int64_t index, int64_t primitive, const pdarts::Task* task) {
+  pdarts::Entry entries[4];
+  if (index < 0 || index >= pdarts::list(entries) || !entries[index].runs) return 1;
+  if (primitive < 0 || primitive >= pdarts::kNumPrimitives) return 1;
+  entries[index].variant->primitives[primitive](*task);
+  return 0;
+}
+
+}  // extern "C"

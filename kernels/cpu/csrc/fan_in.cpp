@@ -1,0 +1,226 @@
+// fan_in: the gradient of one state x from every operation of every edge that leaves it.
+//   dy = coef[0] * grad + coef[1] * y + coef[2]
+//   out = incoming + (x > 0) * sum of depthwise^T(dy W) + pools + 1x1 convolutions + skips
+// and the weight gradients of first halves, dilated and 1x1 convolutions (recomputing their
+// depthwise output from x). A skip gives scale * dropout(grad).
+#include "backward.h"
+#include "dropout.h"
+#include "pooling.h"
+#include "primitives.h"
+
+namespace pdarts {
+namespace PDARTS_VARIANT {
+
+namespace {
+
+thread_local Scratch shared_scratch, local_scratch;
+
+// What a thread works on: one image.
+struct Work {
+  Plane x;        // relu(x)
+  Plane dx;       // of the depthwise convolutions, before the mask of the ReLU
+  Plane grad;     // of one depthwise output
+  float* raw;     // [in pixels, Cx]: gradient of x itself
+  float* pooled;  // [out pixels, C]: gradient of one kind of pool
+  float* dy;      // a chunk
+  float* a;       // a chunk
+  float* factors;
+};
+
+struct Sizes {
+  int64_t x, grad, raw, pooled, dy, a, factors;
+  int64_t padding;
+  bool conv;
+};
+
+Sizes sizes_of(const Task& t) {
+  Sizes s{};
+  s.padding = widest_padding(t);
+  int64_t depth = t.channels;
+  for (int64_t i = 0; i < t.num_branches; ++i) {
+    const Branch& b = t.branches[i];
+    s.conv |= b.kind == kConv;
+    if (has_weights(b) && product_depth(t, b) > depth) depth = product_depth(t, b);
+  }
+  const int64_t blocks = t.channels / V, out_pixels = t.out_height * t.out_width;
+  if (s.conv) s.x = Plane::floats(t.in_height, t.in_width, s.padding, blocks);
+  if (s.conv) s.grad = Plane::floats(t.out_height, t.out_width, s.padding, blocks);
+  s.raw = t.in_height * t.in_width * t.in_channels;
+  s.pooled = out_pixels * t.channels;
+  s.dy = chunk_pixels(t) * t.channels + kSlack;
+  s.a = chunk_pixels(t) * depth + kSlack;
+  s.factors = dropout_floats(s.pooled) + t.channels + V;
+  return s;
+}
+
+Work make_work(const Task& t, const Sizes& s, Scratch& local) {
+  const int64_t all[] = {s.x, s.x, s.grad, s.raw, s.pooled, s.dy, s.a, s.factors};
+  int64_t bytes = 0;
+  for (const int64_t count : all) bytes += Scratch::bytes_for<float>(count);
+  local.reset(bytes);
+  Work w{};
+  const int64_t blocks = t.channels / V;
+  if (s.conv) {
+    w.x = Plane::make(local, t.in_height, t.in_width, s.padding, blocks);
+    w.dx = Plane::make(local, t.in_height, t.in_width, s.padding, blocks);
+    w.grad = Plane::make(local, t.out_height, t.out_width, s.padding, blocks);
+  }
+  w.raw = local.take<float>(s.raw);
+  w.pooled = local.take<float>(s.pooled);
+  w.dy = local.take<float>(s.dy);
+  w.a = local.take<float>(s.a);
+  w.factors = zeros(local, s.factors);
+  return w;
+}
+
+// Adds a depthwise-pointwise convolution to w.dx.
+template <class T>
+void conv_backward(const Task& t, const Branch& b, const BackwardBranch& packed, int64_t group,
+                   int64_t n, const Work& w) {
+  const int64_t rows = rows_per_chunk(t), blocks = t.channels / V;
+  for (int64_t begin = 0; begin < t.out_height; begin += rows)
+    pointwise_backward<T>(t, b, packed, group, n, begin, min_of(t.out_height, begin + rows), w.x,
+                          w.grad, w.dy, w.a);
+  with_kernel(b, [&](auto k, auto d, auto s) {
+    if constexpr (s.value == 1)
+      depthwise_rows<k.value, d.value, 1>(
+          w.grad, b.padding, packed.flipped, blocks, 0, t.in_height, t.in_width,
+          [&](int64_t row, int64_t column, int64_t block, Vec v) {
+            float* o = w.dx.at(block, row, column);
+            store(o, load(o) + v);
+          });
+    else
+      depthwise_scatter<k.value, d.value, s.value>(w.grad, packed.depthwise, b.padding, blocks,
+                                                   w.dx);
+  });
+  weights_backward(t, b, packed, group, w.x, w.grad);
+}
+
+// Adds a 1x1 convolution or factorized reduce of relu(x), output rows [begin, end), to w.raw.
+template <class T>
+void gathered_backward(const Task& t, const Branch& b, const BackwardBranch& packed, int64_t group,
+                       int64_t n, const T* image, int64_t begin, int64_t end, const Work& w) {
+  const int64_t width = t.out_width, pixels = (end - begin) * width, cx = t.in_channels;
+  const int64_t depth = product_depth(t, b);
+  output_gradient<T>(t, b, (n * t.out_height + begin) * width, pixels, false, w.dy);
+  product(w.dy, t.channels, pixels, t.channels, packed.pointwise, depth,
+          [&](int64_t p, int64_t block, Vec v) {
+            store(w.a + p * depth + block * V, v);
+          });
+  const int64_t phases = depth / cx;
+  const float* a = w.a;
+  for (int64_t row = begin; row < end; ++row)
+    for (int64_t column = 0; column < width; ++column)
+      for (int64_t phase = 0; phase < phases; ++phase, a += cx) {
+        const int64_t pixel = phases == 2 ? factorized_source(t, row, column, phase)
+                                          : row * width + column;
+        if (pixel < 0) continue;
+        for (int64_t c = 0; c < cx; c += V) {
+          float* o = w.raw + pixel * cx + c;
+          store(o, load(o) + masked(load(a + c), load(image + pixel * t.x_stride + c)));
+        }
+      }
+  if (!packed.grad_pointwise) return;
+  gather(t, b, image, begin, end, w.a);
+  outer(w.dy, t.channels, w.a, depth, pixels, packed.grad_pointwise + group * t.channels * depth);
+}
+
+// Adds all pools of one kind to w.raw: their gradients are summed first, one backward serves all.
+template <class T>
+void pools_backward(const Task& t, int64_t kind, int64_t n, const T* image, const Work& w) {
+  const int64_t pixels = t.out_height * t.out_width;
+  const Branch* first = nullptr;
+  for (int64_t i = 0; i < t.num_branches; ++i) {
+    const Branch& b = t.branches[i];
+    if (b.kind != kind) continue;
+    output_gradient<T>(t, b, n * pixels, pixels, first != nullptr, w.pooled);
+    first = &b;
+  }
+  if (first) pool_backward(t, *first, image, w.pooled, w.raw);
+}
+
+// Adds scale * dropout(grad) of a skip to w.raw.
+template <class T>
+void skip_backward(const Task& t, const Branch& b, int64_t n, const Work& w) {
+  const int64_t pixels = t.out_height * t.out_width, channels = t.channels;
+  const int64_t real = t.real_channels;
+  const T* g = static_cast<const T*>(b.grad) + n * pixels * b.grad_stride;
+  const float* keep = b.stream < 0
+                          ? nullptr
+                          : dropout_factors(t, b, n * pixels * real, pixels * real, w.factors);
+  for (int64_t p = 0; p < pixels; ++p)
+    for (int64_t c = 0; c < channels; c += V) {
+      Vec v = load(b.scale + c) * load(g + p * b.grad_stride + c);
+      if (keep) v *= load(keep + p * real + c);
+      float* o = w.raw + p * channels + c;
+      store(o, load(o) + v);
+    }
+}
+
+// out = incoming + raw + (x > 0) * dx of image n.
+template <class T>
+void write_image(const Task& t, const Sizes& s, int64_t n, const T* image, const Work& w) {
+  const int64_t pixels = t.in_height * t.in_width, cx = t.in_channels;
+  T* out = static_cast<T*>(t.out) + n * pixels * t.out_stride;
+  const T* incoming = static_cast<const T*>(t.incoming);
+  if (incoming) incoming += n * pixels * t.incoming_stride;
+  for (int64_t row = 0, p = 0; row < t.in_height; ++row)
+    for (int64_t column = 0; column < t.in_width; ++column, ++p)
+      for (int64_t c = 0; c < cx; c += V) {
+        Vec v = load(w.raw + p * cx + c);
+        if (s.conv)
+          v += masked(load(w.dx.at(c / V, row, column)), load(image + p * t.x_stride + c));
+        if (incoming) v += load(incoming + p * t.incoming_stride + c);
+        store(out + p * t.out_stride + c, v);
+      }
+}
+
+template <class T>
+void image_backward(const Task& t, const Sizes& s, const BackwardBranch* packed, int64_t group,
+                    int64_t n, const Work& w) {
+  const T* image = static_cast<const T*>(t.x) + n * t.in_height * t.in_width * t.x_stride;
+  if (s.conv) {
+    fill(w.x, t.channels / V, [&](int64_t p, int64_t block) {
+      return relu(load(image + p * t.x_stride + block * V));
+    });
+    std::memset(w.dx.data, 0, static_cast<size_t>(s.x) * sizeof(float));
+  }
+  std::memset(w.raw, 0, static_cast<size_t>(s.raw) * sizeof(float));
+  for (int64_t i = 0; i < t.num_branches; ++i) {
+    const Branch& b = t.branches[i];
+    if (b.kind == kConv) conv_backward<T>(t, b, packed[i], group, n, w);
+    if (b.kind == kSkip) skip_backward<T>(t, b, n, w);
+    if (b.kind != kPointwise && b.kind != kFactorized) continue;
+    const int64_t rows = rows_per_chunk(t);
+    for (int64_t begin = 0; begin < t.out_height; begin += rows)
+      gathered_backward(t, b, packed[i], group, n, image, begin,
+                        min_of(t.out_height, begin + rows), w);
+  }
+  pools_backward(t, kMaxPool, n, image, w);
+  pools_backward(t, kAvgPool, n, image, w);
+  if (t.out) write_image(t, s, n, image, w);
+}
+
+template <class T>
+void run(const Task& t) {
+  const BackwardBranch* packed = prepare_backward(t, shared_scratch);
+  const Sizes sizes = sizes_of(t);
+#pragma omp parallel num_threads(static_cast<int>(t.threads))
+  {
+    const Work work = make_work(t, sizes, local_scratch);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t group = 0; group < t.groups; ++group) {
+      const Range range = group_range(t, group);
+      for (int64_t n = range.begin; n < range.end; ++n)
+        image_backward<T>(t, sizes, packed, group, n, work);
+    }
+  }
+  finish_backward(t, packed);
+}
+
+}  // namespace
+
+void fan_in(const Task& t) { t.bf16 ? run<BFloat>(t) : run<float>(t); }
+
+}  // namespace PDARTS_VARIANT
+}  // namespace pdarts

@@ -1,0 +1,189 @@
+// fan_out: from one state x, the first output of every operation of every edge that leaves it.
+//   y = W depthwise(relu(x)),  pools of x,  1x1 convolutions of relu(x)
+// mid: the second half of separable convolutions, input v = relu(input * scale + shift).
+//   y = W depthwise(v)
+// Both write, into sums [2, C], mean and biased variance of every y. Backward: fan_in, mid.
+#include "depthwise.h"
+#include "gather.h"
+#include "pooling.h"
+#include "primitives.h"
+#include "product.h"
+#include "statistics.h"
+
+namespace pdarts {
+namespace PDARTS_VARIANT {
+
+namespace {
+
+thread_local Scratch shared_scratch, local_scratch;
+
+struct Packed {
+  float* depthwise;
+  float* pointwise;
+  double* moments;  // [groups, 2, C]
+};
+
+int64_t depth_of(const Task& t, const Branch& b) {
+  return b.kind == kConv ? t.channels : gather_depth(t, b);
+}
+
+bool has_product(const Branch& b) { return b.kind != kMaxPool && b.kind != kAvgPool; }
+
+// Packs the weights of every branch and makes room for the partial statistics.
+void prepare(const Task& t, Packed* packed, Scratch& scratch) {
+  for (int64_t i = 0; i < t.num_branches; ++i) {
+    const Branch& b = t.branches[i];
+    Packed& p = packed[i];
+    p.moments = scratch.take<double>(t.groups * 2 * t.channels);
+    std::memset(p.moments, 0, static_cast<size_t>(t.groups * 2 * t.channels) * sizeof(double));
+    if (!has_product(b)) continue;
+    const int64_t depth = depth_of(t, b);
+    p.pointwise = scratch.take<float>(depth * t.channels);
+    pack_panels(b.pointwise, 1, depth, depth, t.channels, p.pointwise);
+    if (b.kind != kConv) continue;
+    const int64_t taps = b.kernel * b.kernel;
+    p.depthwise = scratch.take<float>(t.channels * taps);
+    pack_depthwise(b.depthwise, t.channels, taps, false, p.depthwise);
+  }
+}
+
+int64_t shared_bytes(const Task& t) {
+  int64_t bytes = Scratch::bytes_for<Packed>(t.num_branches);
+  for (int64_t i = 0; i < t.num_branches; ++i)
+    bytes += Scratch::bytes_for<double>(t.groups * 2 * t.channels) +
+             Scratch::bytes_for<float>(depth_of(t, t.branches[i]) * t.channels) +
+             Scratch::bytes_for<float>(t.channels * 25);
+  return bytes;
+}
+
+// Padding that every convolution of the task finds around its input.
+int64_t max_padding(const Task& t) {
+  int64_t padding = 0;
+  for (int64_t i = 0; i < t.num_branches; ++i)
+    if (t.branches[i].kind == kConv && t.branches[i].padding > padding)
+      padding = t.branches[i].padding;
+  return padding;
+}
+
+int64_t max_depth(const Task& t) {
+  int64_t depth = 0;
+  for (int64_t i = 0; i < t.num_branches; ++i)
+    if (has_product(t.branches[i]) && depth_of(t, t.branches[i]) > depth)
+      depth = depth_of(t, t.branches[i]);
+  return depth;
+}
+
+// Output rows [begin, end) of one image of one branch; `a` is the chunk's matrix.
+template <class T>
+void branch_rows(const Task& t, const Branch& b, const Packed& packed, const Plane& plane,
+                 const T* image, int64_t begin, int64_t end, float* a, T* y, Moments& moments) {
+  const int64_t channels = t.channels, width = t.out_width;
+  T* out = y + begin * width * channels;
+  const int64_t pixels = (end - begin) * width;
+  if (!has_product(b)) {
+    pool_rows(t, b, image, begin, end, y);
+  } else {
+    const int64_t depth = depth_of(t, b);
+    if (b.kind == kConv) {
+      with_kernel(b, [&](auto k, auto d, auto s) {
+        depthwise_rows<k.value, d.value, s.value>(
+            plane, b.padding, packed.depthwise, channels / V, begin, end, width,
+            [&](int64_t row, int64_t column, int64_t block, Vec v) {
+              store(a + ((row - begin) * width + column) * channels + block * V, v);
+            });
+      });
+    } else {
+      gather(t, b, image, begin, end, a);
+    }
+    product(a, depth, pixels, depth, packed.pointwise, channels,
+            [&](int64_t p, int64_t block, Vec v) { store(out + p * channels + block * V, v); });
+  }
+  add_chunk(moments, out, pixels, channels);
+}
+
+template <class T>
+void branch_image(const Task& t, const Branch& b, const Packed& packed, const Plane& plane,
+                  const T* image, int64_t n, float* a, Moments& moments) {
+  const int64_t rows = rows_per_chunk(t);
+  T* y = static_cast<T*>(b.y) + n * t.out_height * t.out_width * t.channels;
+  for (int64_t begin = 0; begin < t.out_height; begin += rows)
+    branch_rows(t, b, packed, plane, image, begin, min_of(t.out_height, begin + rows), a, y,
+                moments);
+}
+
+// mean and biased variance of every branch from the groups' partial ones.
+void finish(const Task& t, const Packed* packed) {
+  const double pixels = static_cast<double>(t.out_height * t.out_width);
+  for (int64_t i = 0; i < t.num_branches; ++i) {
+    double* sums = t.branches[i].sums;
+    Moments total{0.0, sums, sums + t.channels};
+    std::memset(sums, 0, static_cast<size_t>(2 * t.channels) * sizeof(double));
+    for (int64_t g = 0; g < t.groups; ++g) {
+      const Range range = group_range(t, g);
+      const double* part = packed[i].moments + g * 2 * t.channels;
+      merge(total, static_cast<double>(range.end - range.begin) * pixels, part,
+            part + t.channels, t.channels);
+    }
+    for (int64_t c = 0; c < t.channels; ++c) total.squares[c] /= total.count;
+  }
+}
+
+// `second` is mid: every branch has an input of its own.
+template <class T>
+void run(const Task& t, bool second) {
+  Scratch& shared = shared_scratch;
+  shared.reset(shared_bytes(t));
+  Packed* packed = shared.take<Packed>(t.num_branches);
+  prepare(t, packed, shared);
+  const int64_t blocks = t.channels / V, padding = max_padding(t);
+  const int64_t height = second ? t.out_height : t.in_height;
+  const int64_t width = second ? t.out_width : t.in_width;
+  const int64_t pixels = height * width;
+  const int64_t a_floats = chunk_pixels(t) * max_depth(t) + kSlack;
+  bool any_conv = false;
+  for (int64_t i = 0; i < t.num_branches; ++i) any_conv |= t.branches[i].kind == kConv;
+#pragma omp parallel num_threads(static_cast<int>(t.threads))
+  {
+    Scratch& local = local_scratch;
+    const int64_t plane_floats = any_conv ? Plane::floats(height, width, padding, blocks) : 0;
+    local.reset(Scratch::bytes_for<float>(plane_floats) + Scratch::bytes_for<float>(a_floats));
+    const Plane plane =
+        any_conv ? Plane::make(local, height, width, padding, blocks) : Plane{};
+    float* a = local.take<float>(a_floats);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t g = 0; g < t.groups; ++g) {
+      const Range range = group_range(t, g);
+      for (int64_t n = range.begin; n < range.end; ++n) {
+        const T* image = static_cast<const T*>(t.x) + n * pixels * t.x_stride;
+        if (any_conv && !second)
+          fill(plane, blocks, [&](int64_t p, int64_t block) {
+            return relu(load(image + p * t.x_stride + block * V));
+          });
+        for (int64_t i = 0; i < t.num_branches; ++i) {
+          const Branch& b = t.branches[i];
+          if (second) {
+            const T* in = static_cast<const T*>(b.input) + n * pixels * b.input_stride;
+            fill(plane, blocks, [&](int64_t p, int64_t block) {
+              const Vec v = load(in + p * b.input_stride + block * V);
+              return relu(v * load(b.scale + block * V) + load(b.shift + block * V));
+            });
+          }
+          double* part = packed[i].moments + g * 2 * t.channels;
+          const double before = static_cast<double>((n - range.begin) * t.out_height * t.out_width);
+          Moments moments{before, part, part + t.channels};
+          branch_image(t, b, packed[i], plane, image, n, a, moments);
+        }
+      }
+    }
+  }
+  finish(t, packed);
+}
+
+}  // namespace
+
+void fan_out(const Task& t) { t.bf16 ? run<BFloat>(t, false) : run<float>(t, false); }
+
+void mid(const Task& t) { t.bf16 ? run<BFloat>(t, true) : run<float>(t, true); }
+
+}  // namespace PDARTS_VARIANT
+}  // namespace pdarts

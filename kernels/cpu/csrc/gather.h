@@ -1,0 +1,38 @@
+// relu(x) of the pixels that a 1x1 convolution or a factorized reduce reads, as rows of a matrix.
+#pragma once
+
+#include "scratch.h"
+
+namespace pdarts {
+namespace PDARTS_VARIANT {
+
+// Where output pixel (row, column) reads phase 0 or 1 of a factorized reduce; -1 if outside.
+PDARTS_INLINE int64_t factorized_source(const Task& t, int64_t row, int64_t column,
+                                        int64_t phase) {
+  const int64_t h = 2 * row + phase, w = 2 * column + phase;
+  return h < t.in_height && w < t.in_width ? h * t.in_width + w : -1;
+}
+
+// Depth of the matrix product of a kPointwise or kFactorized branch.
+PDARTS_INLINE int64_t gather_depth(const Task& t, const Branch& b) {
+  return b.kind == kFactorized ? 2 * t.in_channels : t.in_channels;
+}
+
+// a [rows * out_width, depth] = relu(x) of output rows [begin, end) of an image.
+template <class T>
+PDARTS_INLINE void gather(const Task& t, const Branch& b, const T* image, int64_t begin,
+                          int64_t end, float* a) {
+  const int64_t phases = b.kind == kFactorized ? 2 : 1;
+  for (int64_t row = begin; row < end; ++row)
+    for (int64_t column = 0; column < t.out_width; ++column)
+      for (int64_t phase = 0; phase < phases; ++phase, a += t.in_channels) {
+        const int64_t pixel = phases == 2 ? factorized_source(t, row, column, phase)
+                                          : row * t.out_width + column;
+        const T* x = image + pixel * t.x_stride;
+        for (int64_t c = 0; c < t.in_channels; c += V)
+          store(a + c, pixel < 0 ? Vec{} : relu(load(x + c)));
+      }
+}
+
+}  // namespace PDARTS_VARIANT
+}  // namespace pdarts

@@ -1,0 +1,109 @@
+// mid_backward: the second half of separable convolutions, v = relu(input * scale + shift).
+//   dy = coef[0] * grad + coef[1] * y + coef[2]
+//   dz = dy W,  dv = (v > 0) * depthwise^T(dz)          -> grad_input
+//   dW = dy^T z with z = depthwise(v) recomputed        -> grad_pointwise
+//   weights of the depthwise                            -> grad_depthwise
+//   sums[0] = sum of dv, sums[1] = sum of dv * v: the batch means of the first half's BatchNorm
+//   backward, because v is its normalised output wherever dv is not zero.
+#include "backward.h"
+#include "primitives.h"
+
+namespace pdarts {
+namespace PDARTS_VARIANT {
+
+namespace {
+
+thread_local Scratch shared_scratch, sums_scratch, local_scratch;
+
+// dv of output rows [begin, end) of image n, its sums into `total` [2, C].
+template <class T>
+void input_gradient(const Task& t, const Branch& b, const BackwardBranch& packed, int64_t n,
+                    int64_t begin, int64_t end, const Plane& v, const Plane& grad, double* total) {
+  const int64_t channels = t.channels, width = t.out_width, blocks = channels / V;
+  T* out = static_cast<T*>(b.grad_input) + n * t.out_height * width * channels;
+  with_kernel(b, [&](auto k, auto d, auto s) {
+    if constexpr (s.value == 1)
+      depthwise_rows<k.value, d.value, 1>(
+          grad, b.padding, packed.flipped, blocks, begin, end, width,
+          [&](int64_t row, int64_t column, int64_t block, Vec dv) {
+            store(out + (row * width + column) * channels + block * V,
+                  masked(dv, load(v.at(block, row, column))));
+          });
+  });
+  for (int64_t block = 0; block < blocks; ++block) {
+    Vec sum = {}, product = {};
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t column = 0; column < width; ++column) {
+        const Vec dv = load(out + (row * width + column) * channels + block * V);
+        sum += dv;
+        product += dv * load(v.at(block, row, column));
+      }
+    float chunk[2][V];
+    store(chunk[0], sum);
+    store(chunk[1], product);
+    add_sums(total + block * V, chunk[0], V);
+    add_sums(total + channels + block * V, chunk[1], V);
+  }
+}
+
+template <class T>
+void image_backward(const Task& t, const Branch& b, const BackwardBranch& packed, int64_t group,
+                    int64_t n, const Plane& v, const Plane& grad, float* dy, float* a,
+                    double* total) {
+  const int64_t pixels = t.out_height * t.out_width, rows = rows_per_chunk(t);
+  const T* in = static_cast<const T*>(b.input) + n * pixels * b.input_stride;
+  fill(v, t.channels / V, [&](int64_t p, int64_t block) {
+    const Vec x = load(in + p * b.input_stride + block * V);
+    return relu(x * load(b.scale + block * V) + load(b.shift + block * V));
+  });
+  for (int64_t begin = 0; begin < t.out_height; begin += rows)
+    pointwise_backward<T>(t, b, packed, group, n, begin, min_of(t.out_height, begin + rows), v,
+                          grad, dy, a);
+  for (int64_t begin = 0; begin < t.out_height; begin += rows)
+    input_gradient<T>(t, b, packed, n, begin, min_of(t.out_height, begin + rows), v, grad, total);
+  weights_backward(t, b, packed, group, v, grad);
+}
+
+template <class T>
+void run(const Task& t) {
+  const BackwardBranch* packed = prepare_backward(t, shared_scratch);
+  const int64_t channels = t.channels, blocks = channels / V, padding = widest_padding(t);
+  const int64_t columns = t.num_branches * 2 * channels;
+  sums_scratch.reset(Scratch::bytes_for<double>(t.groups * columns));
+  double* partial = sums_scratch.take<double>(t.groups * columns);
+  std::memset(partial, 0, static_cast<size_t>(t.groups * columns) * sizeof(double));
+  const int64_t plane_floats = Plane::floats(t.out_height, t.out_width, padding, blocks);
+  const int64_t chunk_floats = chunk_pixels(t) * channels + kSlack;
+#pragma omp parallel num_threads(static_cast<int>(t.threads))
+  {
+    Scratch& local = local_scratch;
+    local.reset(2 * Scratch::bytes_for<float>(plane_floats) +
+                2 * Scratch::bytes_for<float>(chunk_floats));
+    const Plane v = Plane::make(local, t.out_height, t.out_width, padding, blocks);
+    const Plane grad = Plane::make(local, t.out_height, t.out_width, padding, blocks);
+    float* dy = local.take<float>(chunk_floats);
+    float* a = local.take<float>(chunk_floats);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t group = 0; group < t.groups; ++group) {
+      const Range range = group_range(t, group);
+      for (int64_t n = range.begin; n < range.end; ++n)
+        for (int64_t i = 0; i < t.num_branches; ++i)
+          image_backward<T>(t, t.branches[i], packed[i], group, n, v, grad, dy, a,
+                            partial + group * columns + i * 2 * channels);
+    }
+  }
+  for (int64_t i = 0; i < t.num_branches; ++i)
+    for (int64_t c = 0; c < 2 * channels; ++c) {
+      double sum = 0.0;
+      for (int64_t g = 0; g < t.groups; ++g) sum += partial[g * columns + i * 2 * channels + c];
+      t.branches[i].sums[c] = sum;
+    }
+  finish_backward(t, packed);
+}
+
+}  // namespace
+
+void mid_backward(const Task& t) { t.bf16 ? run<BFloat>(t) : run<float>(t); }
+
+}  // namespace PDARTS_VARIANT
+}  // namespace pdarts

@@ -1,0 +1,111 @@
+// Memory that outlives a call, and the padded planes that the stencils read.
+#pragma once
+
+#include <cstdlib>
+#include <new>
+
+#include "simd.h"
+
+namespace pdarts {
+namespace PDARTS_VARIANT {
+
+// Stencils compute whole blocks of columns: they may read, never use, this far beyond a plane.
+constexpr int64_t kSlack = 64 * V;
+
+// A bump allocator over one block a thread. The block only grows: allocating it anew for every
+// call costs more in page faults than a small cell computes.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { std::free(block_); }
+
+  // Starts over with room for `bytes`; earlier pointers become invalid.
+  void reset(int64_t bytes) {
+    used_ = 0;
+    if (bytes <= size_) return;
+    std::free(block_);
+    size_ = (bytes + 63) / 64 * 64;
+    block_ = static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(size_)));
+    if (!block_) {
+      size_ = 0;
+      std::abort();
+    }
+  }
+
+  template <class T>
+  T* take(int64_t count) {
+    char* p = block_ + used_;
+    used_ += bytes_for<T>(count);
+    if (used_ > size_) std::abort();
+    return reinterpret_cast<T*>(p);
+  }
+
+  template <class T>
+  static int64_t bytes_for(int64_t count) {
+    return (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+  }
+
+ private:
+  char* block_ = nullptr;
+  int64_t size_ = 0, used_ = 0;
+};
+
+// One image, zero-padded, as [C / V][height + 2 pad][width + 2 pad][V].
+struct Plane {
+  float* data;
+  int64_t height, width, pad, stride, plane;
+
+  static int64_t floats(int64_t height, int64_t width, int64_t pad, int64_t blocks) {
+    return blocks * (height + 2 * pad) * (width + 2 * pad) * V + kSlack;
+  }
+
+  static Plane make(Scratch& scratch, int64_t height, int64_t width, int64_t pad, int64_t blocks) {
+    const int64_t count = floats(height, width, pad, blocks);
+    Plane p{scratch.take<float>(count), height, width, pad, (width + 2 * pad) * V, 0};
+    p.plane = (height + 2 * pad) * p.stride;
+    std::memset(p.data, 0, static_cast<size_t>(count) * sizeof(float));
+    return p;
+  }
+
+  float* at(int64_t block, int64_t row, int64_t column) const {
+    return data + block * plane + (row + pad) * stride + (column + pad) * V;
+  }
+};
+
+// Images of a group: what one thread works on at a time. The number of groups follows from the
+// batch alone, never from the threads, so sums are the same at every number of threads.
+struct Range {
+  int64_t begin, end;
+};
+
+PDARTS_INLINE Range group_range(const Task& task, int64_t group) {
+  return {group * task.images / task.groups, (group + 1) * task.images / task.groups};
+}
+
+// Rows of the output that are computed together: about 64 pixels stay in the first-level cache.
+PDARTS_INLINE int64_t rows_per_chunk(const Task& task) {
+  const int64_t rows = 64 / task.out_width;
+  return rows < 1 ? 1 : rows;
+}
+
+PDARTS_INLINE int64_t chunk_pixels(const Task& task) {
+  return rows_per_chunk(task) * task.out_width;
+}
+
+PDARTS_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// plane = f(pixel, channel block) over every pixel of the image.
+template <class F>
+PDARTS_INLINE void fill(const Plane& plane, int64_t blocks, F f) {
+  for (int64_t row = 0; row < plane.height; ++row)
+    for (int64_t block = 0; block < blocks; ++block) {
+      float* p = plane.at(block, row, 0);
+      for (int64_t column = 0; column < plane.width; ++column)
+        store(p + column * V, f(row * plane.width + column, block));
+    }
+}
+
+}  // namespace PDARTS_VARIANT
+}  // namespace pdarts

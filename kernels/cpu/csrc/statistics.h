@@ -1,0 +1,85 @@
+// Channel statistics: within a chunk in float, everything longer in double and in a fixed order.
+#pragma once
+
+#include "scratch.h"
+
+namespace pdarts {
+namespace PDARTS_VARIANT {
+
+// Mean and sum of squared deviations of some pixels, [C] each (Chan et al. 1979). Deviations are
+// from the chunk's own mean: raw sums of squares lose digits where the mean is large.
+struct Moments {
+  double count;
+  double* mean;
+  double* squares;
+};
+
+PDARTS_INLINE void merge(Moments& into, double count, const double* mean, const double* squares,
+                         int64_t channels) {
+  const double total = into.count + count;
+  const double part = count / total, cross = into.count * part;
+  for (int64_t c = 0; c < channels; ++c) {
+    const double delta = mean[c] - into.mean[c];
+    into.mean[c] += delta * part;
+    into.squares[c] += squares[c] + delta * delta * cross;
+  }
+  into.count = total;
+}
+
+// Adds the pixels of a chunk y [pixels, channels].
+template <class T>
+PDARTS_INLINE void add_chunk(Moments& into, const T* y, int64_t pixels, int64_t channels) {
+  const float inverse = 1.0f / static_cast<float>(pixels);
+  for (int64_t c = 0; c < channels; c += V) {
+    Vec sum[4] = {};
+    int64_t p = 0;
+    for (; p + 4 <= pixels; p += 4) {
+      PDARTS_UNROLL
+      for (int i = 0; i < 4; ++i) sum[i] += load(y + (p + i) * channels + c);
+    }
+    for (; p < pixels; ++p) sum[0] += load(y + p * channels + c);
+    const Vec mean = ((sum[0] + sum[1]) + (sum[2] + sum[3])) * inverse;
+    Vec square[4] = {};
+    for (p = 0; p + 4 <= pixels; p += 4) {
+      PDARTS_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const Vec d = load(y + (p + i) * channels + c) - mean;
+        square[i] += d * d;
+      }
+    }
+    for (; p < pixels; ++p) {
+      const Vec d = load(y + p * channels + c) - mean;
+      square[0] += d * d;
+    }
+    const Vec squares = (square[0] + square[1]) + (square[2] + square[3]);
+    double means_d[V], squares_d[V];
+    for (int i = 0; i < V; ++i) {
+      means_d[i] = mean[i];
+      squares_d[i] = squares[i];
+    }
+    Moments part{into.count, into.mean + c, into.squares + c};
+    merge(part, static_cast<double>(pixels), means_d, squares_d, V);
+  }
+  into.count += static_cast<double>(pixels);
+}
+
+// total[c] += chunk[c], float into double.
+PDARTS_INLINE void add_sums(double* total, const float* chunk, int64_t count) {
+  for (int64_t c = 0; c < count; ++c) total[c] += static_cast<double>(chunk[c]);
+}
+
+// out[i] = sum over groups of part[group][i], in double and in the order of the groups.
+template <class Out>
+PDARTS_INLINE void sum_groups(const float* part, int64_t groups, int64_t count, Out out) {
+  constexpr int64_t kBlock = 256;
+  double total[kBlock];
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t size = min_of(kBlock, count - begin);
+    for (int64_t i = 0; i < size; ++i) total[i] = 0.0;
+    for (int64_t g = 0; g < groups; ++g) add_sums(total, part + g * count + begin, size);
+    for (int64_t i = 0; i < size; ++i) out(begin + i, static_cast<float>(total[i]));
+  }
+}
+
+}  // namespace PDARTS_VARIANT
+}  // namespace pdarts

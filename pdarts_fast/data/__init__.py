@@ -1,0 +1,16 @@
+"""Data sets held in memory as uint8 tensors, and loaders that augment whole batches at once."""
+
+from pdarts_fast.data.base import Dataset, ImageData, split_indices
+from pdarts_fast.data.datasets import DATASETS, load_dataset
+from pdarts_fast.data.loader import Augmentation, Loader, ResidentLoader
+
+__all__ = [
+    "DATASETS",
+    "Augmentation",
+    "Dataset",
+    "ImageData",
+    "Loader",
+    "ResidentLoader",
+    "load_dataset",
+    "split_indices",
+]

@@ -1,0 +1,110 @@
+"""The doctor command: what is installed, what this machine has, what can run and why not."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from pdarts_fast.data import load_dataset
+from pdarts_fast.errors import RunError, UsageError
+from pdarts_fast.kernels import backends
+from pdarts_fast.run.directory import free_gib
+from pdarts_fast.run.environment import cpu_name, memory_gib, usable_cores, versions
+
+COMPILERS = ("c++", "g++", "clang++")
+
+
+def examine(data: Path | None, dataset: str, checksum: bool) -> int:
+    """Print a table of checks.
+
+    Args:
+        data: Folder of a data set to check, or None.
+        dataset: Its name.
+        checksum: Whether to verify the MD5 of CIFAR files.
+
+    Returns:
+        0, or 1 if something that was asked for does not work.
+    """
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("versions", ", ".join(f"{k} {v}" for k, v in versions().items()))
+    table.add_row(
+        "cpu",
+        f"{cpu_name()}; {usable_cores()} cores; {memory_gib():.1f} GiB; "
+        f"{torch.backends.cpu.get_cpu_capability()}",
+    )
+    table.add_row("cpu features", ", ".join(_cpu_features()) or "unknown")
+    table.add_row("gpu", _gpu())
+    for package in ("triton", "nvidia.dali"):
+        table.add_row(package, _importable(package))
+    table.add_row("compiler", _compiler())
+    for name, found in backends.available().items():
+        table.add_row(f"backend {name}", f"{'yes' if found.usable else 'no'}: {found.reason}")
+    table.add_row("disk", f"{free_gib(Path('runs')):.1f} GiB free for runs/")
+    failed = False
+    if data is not None:
+        failed, text = _data(data, dataset, checksum)
+        table.add_row(f"data {dataset}", text)
+    Console(highlight=False).print(table)
+    return int(failed)
+
+
+def _cpu_features() -> list[str]:
+    """Vector extensions of an x86-64 or arm64 processor that kernels can use."""
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return []
+    words = set(info.read_text().split())
+    wanted = [
+        "avx2",
+        "fma",
+        "avx512f",
+        "avx512bw",
+        "avx512_bf16",
+        "amx_bf16",
+        "amx_tile",
+        "asimd",
+        "sve",
+        "bf16",
+    ]
+    return [name for name in wanted if name in words]
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    names = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        names.append(
+            f"{properties.name} (sm_{properties.major}{properties.minor}, "
+            f"{properties.total_memory / 2**30:.0f} GiB)"
+        )
+    return "; ".join(names)
+
+
+def _importable(name: str) -> str:
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        return f"no: {error}"
+    return f"yes: {getattr(module, '__version__', 'version unknown')}"
+
+
+def _compiler() -> str:
+    found = [path for name in COMPILERS if (path := shutil.which(name))]
+    return f"yes: {found[0]}" if found else f"no: none of {', '.join(COMPILERS)} on PATH"
+
+
+def _data(folder: Path, name: str, checksum: bool) -> tuple[bool, str]:
+    try:
+        found = load_dataset(name, folder, checksum=checksum)
+    except (UsageError, RunError) as error:
+        return True, f"no: {error}"
+    return False, f"yes: {len(found.train)} training and {len(found.test)} test images"
