@@ -303,7 +303,7 @@ cell_backward.register_autograd(_no_double_backward, setup_context=lambda ctx, i
 
 @torch.library.custom_op("pdarts_fast::update_running", mutates_args=("running", "batches"))
 def update_running(
-    running: list[Tensor], batches: list[Tensor], stats: Tensor, key: str, count: int
+    running: list[Tensor], batches: list[Tensor], stats: Tensor, key: str, counts: list[int]
 ) -> None:
     """Moves running means and variances (alternately, by norm) towards those of the batch.
 
@@ -312,19 +312,20 @@ def update_running(
         batches: Counters, int64 scalars.
         stats: float64 ``[slots + 2, 2, C]`` of ``cell_forward``.
         key: The plan.
-        count: M of the cell's slots.
+        counts: M of the cell's slots, and of its preprocessed inputs.
     """
     plan = plans.from_key(key)
     targets = stats[..., : plan.channels].clone()
-    targets[:, 1] = moments.unbiased(targets[:, 1], count)
-    rows = targets.to(running[0].dtype).flatten(0, 1).unbind()
-    picked = [rows[2 * slot + i] for slot in plan.norm_slots for i in (0, 1)]
+    for rows, count in zip(targets.split([plan.num_slots, 2]), counts, strict=True):
+        rows[:, 1] = moments.unbiased(rows[:, 1], count)
+    flat = targets.to(running[0].dtype).flatten(0, 1).unbind()
+    picked = [flat[2 * slot + i] for slot in plan.norm_slots for i in (0, 1)]
     torch._foreach_lerp_(running, picked, moments.MOMENTUM)
     torch._foreach_add_(batches, 1)
 
 
 @update_running.register_fake
-def _(running, batches, stats, key, count):  # type: ignore[no-untyped-def]
+def _(running, batches, stats, key, counts):  # type: ignore[no-untyped-def]
     return None
 
 
@@ -336,6 +337,9 @@ class _Names:
             (m.conv_1 if hasattr(m, "conv_1") else m.op[1]).in_channels
             for m in (cell.preprocess0, cell.preprocess1)
         )
+        # All skip dropouts of a network share one control; a cell without a skip needs none.
+        controls = (m.control for m in cell.modules() if hasattr(m, "control"))
+        self.dropout = next(controls, None)
         self.key = plans.make_key(
             cell.switches,  # type: ignore[arg-type]
             channels=cell.C,  # type: ignore[arg-type]
@@ -345,7 +349,7 @@ class _Names:
             steps=cell.steps,  # type: ignore[arg-type]
             multiplier=cell.multiplier,  # type: ignore[arg-type]
             index=cell.index,  # type: ignore[arg-type]
-            dropout=cell.dropout is not None,
+            dropout=self.dropout is not None,
         )
         plan = plans.from_key(self.key)
         self.convolutions = [
@@ -375,7 +379,7 @@ def run(backend: str, cell: nn.Module, s0: Tensor, s1: Tensor, weights: Tensor) 
         names = _names[cell] = _Names(cell)
     running = [b for norm in names.norms for b in (norm.running_mean, norm.running_var)]
     dtype = _storage_dtype(s1)
-    control = cell.dropout
+    control = names.dropout
     rate = s1.new_zeros(1, dtype=torch.float32) if control is None else control.p
     state = s1.new_zeros(2, dtype=torch.int64) if control is None else control.state
     out, *_, stats, _ = torch.ops.pdarts_fast.cell_forward(
@@ -383,7 +387,7 @@ def run(backend: str, cell: nn.Module, s0: Tensor, s1: Tensor, weights: Tensor) 
         s1,
         weights,
         [module.weight for module in names.convolutions],
-        running,
+        [] if cell.training else running,
         rate,
         state,
         names.key,
@@ -393,6 +397,6 @@ def run(backend: str, cell: nn.Module, s0: Tensor, s1: Tensor, weights: Tensor) 
     )
     if cell.training:
         batches = [norm.num_batches_tracked for norm in names.norms]
-        count = out.shape[0] * out.shape[2] * out.shape[3]
-        torch.ops.pdarts_fast.update_running(running, batches, stats, names.key, count)
+        counts = [out.shape[0] * out.shape[2] * out.shape[3], s1[:, 0].numel()]
+        torch.ops.pdarts_fast.update_running(running, batches, stats, names.key, counts)
     return out

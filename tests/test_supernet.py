@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from pdarts_fast.errors import UsageError
 from pdarts_fast.genotype import PRIMITIVES
+from pdarts_fast.kernels import backends
+from pdarts_fast.kernels.backends import Availability
 from pdarts_fast.operations import FactorizedReduce, ReLUConvBN
 from pdarts_fast.supernet import Cell, MixedOp, Network
 
@@ -271,6 +274,27 @@ def test_bad_arguments_are_refused_in_one_line(arguments: dict[str, Any], messag
 def test_an_unusable_backend_is_refused_when_building() -> None:
     with pytest.raises(UsageError, match="--backend nonsense"):
         small_network(backend="nonsense")
+
+
+def test_another_backend_is_handed_every_cell_with_its_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def run_cell(cell: Cell, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
+        calls.append((cell.index, cell.backend, tuple(weights.shape)))
+        return cell.forward_op_by_op(s0, s1, weights)
+
+    plugged = SimpleNamespace(availability=lambda: Availability(True, "test"), run_cell=run_cell)
+    monkeypatch.setattr(backends, "load", {"cpu": plugged}.get)
+    torch.manual_seed(0)
+    network = small_network(backend="cpu")
+    reference = small_network()
+    reference.load_state_dict(network.state_dict())
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(network(x), reference(x))
+    assert calls == [(index, "cpu", (14, 8)) for index in range(3)]
+    assert network.backend == "cpu"
 
 
 def test_auto_backend_is_resolved_and_repr_tells_the_stage() -> None:

@@ -1,0 +1,1 @@
+"""The primitives of a search cell in C++, for processors."""

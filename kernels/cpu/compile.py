@@ -1,0 +1,132 @@
+"""Compiles the library: used by setup.py and by tests; imports neither torch nor the package.
+
+Run as a script it builds beside the sources:
+
+    python kernels/cpu/compile.py [--sanitize] [--force-width 16] [--output FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCES = Path(__file__).resolve().parent / "csrc"
+OUTPUT = Path(__file__).resolve().parent / "_kernels.so"
+BASE = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-g0")
+SANITIZE = ("-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined")
+PRIMITIVES = ("fan_out", "mid_backward", "fan_in", "mix", "reduce", "variant")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Compiler flags of one set of processors."""
+
+    name: str
+    width: int
+    flags: tuple[str, ...]
+
+
+AVX2 = ("-mavx2", "-mfma")
+AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
+
+
+def variants() -> list[Variant]:
+    """What to build for this machine's architecture."""
+    generic = Variant("generic", 4, ())
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return [generic]
+    return [Variant("avx512", 16, AVX512), Variant("avx2", 8, AVX2), generic]
+
+
+def find_compiler() -> list[str] | None:
+    """The command of a C++17 compiler with OpenMP: ``CXX``, g++, c++ or clang++; None if none."""
+    named = os.environ.get("CXX")
+    for command in [named] if named else ["g++", "c++", "clang++"]:
+        words = shlex.split(command)
+        probe = [*words, *BASE, "-shared", "-x", "c++", "-", "-o", os.devnull]
+        try:
+            result = subprocess.run(probe, input=b"#include <omp.h>\nint x;", capture_output=True)
+        except OSError:
+            continue
+        if result.returncode == 0:
+            return words
+    return None
+
+
+def _run(command: Sequence[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{shlex.join(command)}\n{result.stderr}")
+
+
+def build(
+    output: Path = OUTPUT,
+    *,
+    sanitize: bool = False,
+    force_width: int | None = None,
+    extra: Sequence[str] = (),
+) -> Path:
+    """Compiles and links the library.
+
+    Args:
+        output: File to write.
+        sanitize: With address and undefined-behaviour sanitizers.
+        force_width: Vector width of the avx2 variant, to try the 16-wide code on any processor.
+        extra: More compiler flags.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        RuntimeError: There is no compiler, or it fails; has its message.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        raise RuntimeError("no C++17 compiler with OpenMP found; install g++ or set CXX")
+    flags = [*BASE, *(SANITIZE if sanitize else ()), *extra]
+    with tempfile.TemporaryDirectory() as folder:
+        x86 = ["-DPDARTS_X86"] if len(variants()) > 1 else []
+        jobs = [[str(SOURCES / "dispatch.cpp"), *x86, "-o", f"{folder}/dispatch.o"]]
+        for variant in variants():
+            width = variant.width
+            if force_width and variant.name == "avx2":
+                width = force_width
+            names = [f"-DPDARTS_VARIANT={variant.name}", f"-DPDARTS_WIDTH={width}"]
+            for source in PRIMITIVES:
+                target = f"{folder}/{variant.name}_{source}.o"
+                jobs.append(
+                    [str(SOURCES / f"{source}.cpp"), *variant.flags, *names, "-o", target]
+                )
+        # The largest files first, so that no processor idles at the end.
+        jobs.sort(key=lambda job: PRIMITIVES[1] not in job[0] and PRIMITIVES[2] not in job[0])
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda job: _run([*compiler, *flags, "-c", *job]), jobs))
+        objects = [job[-1] for job in jobs]
+        temporary = output.with_name(f"{output.name}.{os.getpid()}")
+        _run([*compiler, *flags, "-shared", *objects, "-o", str(temporary)])
+        temporary.replace(output)
+    return output
+
+
+def main() -> None:
+    """Command line of this file."""
+    parser = argparse.ArgumentParser(description="Compile the C++ kernels.")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--sanitize", action="store_true")
+    parser.add_argument("--force-width", type=int)
+    options = parser.parse_args()
+    path = build(options.output, sanitize=options.sanitize, force_width=options.force_width)
+    sys.stdout.write(f"{path}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""How ``kernels.backends`` sees the compiled kernels."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from ..backends import Availability
+from .library import Library, LibraryError, load
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@lru_cache(maxsize=1)
+def _load() -> Library | LibraryError:
+    try:
+        return load()
+    except LibraryError as error:
+        return error
+
+
+def availability() -> Availability:
+    """Whether the compiled kernels run here, and one line of reason."""
+    found = _load()
+    if isinstance(found, LibraryError):
+        return Availability(False, str(found))
+    return Availability(True, f"compiled kernels, {found.variant} ({found.width} floats a vector)")
+
+
+def status() -> str:
+    """One line for ``doctor``: the variant and file in use, or what is missing."""
+    found = _load()
+    if isinstance(found, LibraryError):
+        return str(found)
+    return f"{found.variant} from {found.path}"
+
+
+@lru_cache(maxsize=1)
+def _register() -> None:
+    """Makes the primitives known to ``kernels.cell`` under the name ``cpu``.
+
+    Raises:
+        LibraryError: The library does not run here.
+    """
+    from .. import cell
+    from .primitives import CompiledPrimitives
+
+    found = _load()
+    if isinstance(found, LibraryError):
+        raise found
+    cell.register_backend("cpu", CompiledPrimitives(found))
+
+
+def run_cell(cell: nn.Module, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
+    """What ``Cell.forward`` returns; see ``kernels.cell.run``."""
+    from .. import cell as cells
+
+    _register()
+    return cells.run("cpu", cell, s0, s1, weights)
