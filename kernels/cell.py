@@ -8,20 +8,22 @@ functional operators may have gradients.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import moments
 from . import plan as plans
 from .cell_backward import Backward
 from .cell_forward import Forward
-from .cell_pass import Saved, pad_channels, state_size
-from .operation import Backend, Dropout
+from .cell_pass import Saved, state_size
+from .interface import Arrays, Backend
 from .plan import Plan
 from .reference import Reference
-from .weights import Weights
+from .weights import Weights, layout
 
 _BACKENDS: dict[str, Backend] = {"reference": Reference()}
 
@@ -50,7 +52,9 @@ def _output_size(plan: Plan, s1: Tensor) -> tuple[int, int, int]:
 
 def _as_rows(x: Tensor, dtype: torch.dtype, channels: int) -> Tensor:
     """``[N, C, H, W]`` to contiguous ``[N, H, W, channels]``; no copy if it already is."""
-    return pad_channels(x.detach().to(dtype).permute(0, 2, 3, 1), channels)
+    rows = x.detach().to(dtype).permute(0, 2, 3, 1)
+    missing = channels - rows.shape[-1]
+    return F.pad(rows, (0, missing)) if missing else rows.contiguous()
 
 
 def _is_rows(x: Tensor, dtype: torch.dtype, channels: int) -> bool:
@@ -64,7 +68,7 @@ def _whole_output(plan: Plan, channels: int) -> bool:
     return plan.multiplier == plan.steps and channels == plan.channels
 
 
-def _running_stats(plan: Plan, running: list[Tensor], channels: int) -> Tensor:
+def _running_moments(plan: Plan, running: list[Tensor], channels: int) -> Tensor:
     """Running means and variances as float64 ``[norms, 2, C]``."""
     stats = running[0].new_zeros(len(plan.norms), 2, channels, dtype=torch.float64)
     for i in range(len(plan.norms)):
@@ -73,54 +77,89 @@ def _running_stats(plan: Plan, running: list[Tensor], channels: int) -> Tensor:
     return stats
 
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Empty = Callable[[tuple[int, ...], Tensor, torch.dtype], Tensor]
+Outputs = tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]
+
+
+def _fake_empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """``Backend.empty`` while tracing."""
+    return like.new_empty(shape, dtype=dtype)
 
 
 def _empty_outputs(
-    plan: Plan, backend: Backend, s0: Tensor, s1: Tensor, dtype: torch.dtype, training: bool
+    plan: Plan,
+    backend: Backend,
+    s0: Tensor,
+    s1: Tensor,
+    dtype: torch.dtype,
+    training: bool,
+    empty: Empty,
 ) -> Outputs:
-    """Arrays for the results of ``cell_forward``, uninitialised."""
+    """Arrays for the results of ``cell_forward``, uninitialised, from ``empty``."""
     batch, height, width = _output_size(plan, s1)
     channels = backend.channels(plan.channels)
     depths = [backend.channels(count) for count in plan.in_channels]
     copies = [
-        s1.new_empty(
-            0
-            if _is_rows(s, dtype, depth)
-            else (s.shape[0], s.shape[2], s.shape[3], depth),
-            dtype=dtype,
+        empty(
+            (0,) if _is_rows(s, dtype, depth) else (s.shape[0], *s.shape[2:], depth), s1, dtype
         )
         for s, depth in zip((s0, s1), depths, strict=True)
     ]
     states = [
-        s1.new_empty(
-            (batch, *state_size(plan, which, s.permute(0, 2, 3, 1)), channels), dtype=dtype
-        )
+        empty((batch, *state_size(plan, which, *s.shape[2:]), channels), s1, dtype)
         for which, s in enumerate((s0, s1))
     ]
-    nodes = s1.new_empty((batch, height, width, plan.steps * channels), dtype=dtype)
-    slots = s1.new_empty((plan.num_slots, batch, height, width, channels), dtype=dtype)
+    nodes = empty((batch, height, width, plan.steps * channels), s1, dtype)
+    slots = empty((plan.num_slots, batch, height, width, channels), s1, dtype)
     rows = plan.num_slots + 2 if training else len(plan.norms)
-    stats = s1.new_empty((rows, 2, channels), dtype=torch.float64)
+    norms = s1.new_empty((rows, 2, channels), dtype=torch.float64)
     if _whole_output(plan, channels):
         out, nodes = nodes.permute(0, 3, 1, 2), nodes.new_empty(0)
     else:
         shape = (batch, height, width, plan.multiplier * plan.channels)
-        out = s1.new_empty(shape, dtype=dtype).permute(0, 3, 1, 2)
+        out = empty(shape, s1, dtype).permute(0, 3, 1, 2)
     rate = s1.new_empty(1, dtype=torch.float32)
-    return (out, copies[0], copies[1], states[0], states[1], nodes, slots, stats, rate)
+    stats = torch.empty_like(norms)
+    return (out, *copies, *states, nodes, slots, norms, stats, rate)  # type: ignore[return-value]
 
 
-def _saved(plan: Plan, backend: Backend, s0: Tensor, s1: Tensor, outputs: Outputs) -> Saved:
+def _saved(s0: Tensor, s1: Tensor, outputs: Sequence[Tensor]) -> Saved:
     """The arrays of the backward pass, where outputs hold no copy from what they alias."""
-    out, copy0, copy1, state0, state1, nodes, slots, stats, _ = outputs
+    out, copy0, copy1, state0, state1, nodes, slots, norms, *_ = outputs
     inputs = [
         copy if copy.numel() else s.detach().permute(0, 2, 3, 1)
         for s, copy in zip((s0, s1), (copy0, copy1), strict=True)
     ]
     if not nodes.numel():
         nodes = out.detach().permute(0, 2, 3, 1)
-    return Saved((inputs[0], inputs[1]), (state0, state1), nodes, slots, stats)
+    return Saved((inputs[0], inputs[1]), (state0, state1), nodes, slots, norms)
+
+
+def _arrays(
+    plan: Plan,
+    primitives: Backend,
+    saved: Saved,
+    weights: Sequence[Tensor],
+    dropout: tuple[Tensor, Tensor],
+    training: bool,
+    want_gradients: bool,
+) -> Arrays:
+    """What the primitives work on; ``dropout`` is rate and state."""
+    depths = (saved.inputs[0].shape[-1], saved.inputs[1].shape[-1])
+    where = layout(plan.key, saved.slots.shape[-1], depths)
+    dtype = primitives.coefficient_dtype(saved.slots.dtype)
+    return Arrays(
+        y=saved.slots,
+        states=saved.all_states(plan.steps),
+        weights=Weights(where, weights, dtype, want_gradients),
+        rate=dropout[0],
+        state=dropout[1],
+        channels=plan.channels,
+        training=training,
+        grads=[],
+    )
 
 
 def _write_output(plan: Plan, nodes: Tensor, out: Tensor) -> None:
@@ -146,36 +185,27 @@ def cell_forward(
 ) -> Outputs:
     """A cell of the plan ``key``: output, then what the backward pass reads (``_saved``)."""
     plan, primitives = plans.from_key(key), _backend(backend, dtype)
-    outputs = _empty_outputs(plan, primitives, s0, s1, dtype, training)
+    outputs = _empty_outputs(plan, primitives, s0, s1, dtype, training, primitives.empty)
     channels = primitives.channels(plan.channels)
     for s, copy, count in zip((s0, s1), outputs[1:3], plan.in_channels, strict=True):
         if copy.numel():
             copy.copy_(_as_rows(s, dtype, primitives.channels(count)))
-    saved = _saved(plan, primitives, s0, s1, outputs)
+    saved = _saved(s0, s1, outputs)
     if not training:
-        saved.stats.copy_(_running_stats(plan, running, channels))
-    outputs[8].copy_(rate)
-    packed = _weights(plan, primitives, saved, weights, want_gradients=False)
-    dropout = Dropout(rate, state, plan.channels)
-    Forward(primitives, plan, packed, alphas, dropout, training).run(saved)
+        running_moments = _running_moments(plan, running, channels)
+        saved.norms.copy_(moments.normalisation(running_moments))
+    outputs[9].copy_(rate)
+    arrays = _arrays(plan, primitives, saved, weights, (rate, state), training, False)
+    Forward(primitives, plan, saved, arrays, alphas).run(outputs[8])
     if not _whole_output(plan, channels):
         _write_output(plan, saved.nodes, outputs[0])
     return outputs
 
 
-def _weights(
-    plan: Plan, primitives: Backend, saved: Saved, weights: list[Tensor], want_gradients: bool
-) -> Weights:
-    depths = (saved.inputs[0].shape[-1], saved.inputs[1].shape[-1])
-    channels = saved.slots.shape[-1]
-    dtype = primitives.coefficient_dtype(saved.slots)
-    return Weights(plan, weights, channels, depths, dtype, want_gradients)
-
-
 @cell_forward.register_fake
 def _(s0, s1, alphas, weights, running, rate, state, key, backend, training, dtype):  # type: ignore[no-untyped-def]
     plan, primitives = plans.from_key(key), _backend(backend, dtype)
-    return _empty_outputs(plan, primitives, s0, s1, dtype, training)
+    return _empty_outputs(plan, primitives, s0, s1, dtype, training, _fake_empty)
 
 
 @torch.library.custom_op("pdarts_fast::cell_backward", mutates_args=())
@@ -195,28 +225,19 @@ def cell_backward(
     """Gradients of both inputs, the alphas and the weights (flat); empty where not in ``wants``."""
     plan, dtype = plans.from_key(key), outputs[3].dtype
     primitives = _backend(backend, dtype)
-    results = _empty_gradients(s0, s1, alphas, weights, wants)
-    saved = _saved(plan, primitives, s0, s1, tuple(outputs))  # type: ignore[arg-type]
-    packed = _weights(plan, primitives, saved, weights, want_gradients=wants[3])
-    dropout = Dropout(outputs[8], state, plan.channels)
-    backward = Backward(
-        primitives,
-        plan,
-        packed,
-        alphas,
-        dropout,
-        training,
-        want_inputs=(wants[0], wants[1]),
-        want_weights=wants[3],
-    )
-    gradients = backward.run(saved, _node_gradients(plan, grad, saved))
-    for result, rows, want in zip(results, gradients.inputs, wants[:2], strict=False):
+    results = _empty_gradients(s0, s1, alphas, weights, wants, primitives.empty)
+    saved = _saved(s0, s1, outputs)
+    dropout = (outputs[9], state)
+    arrays = _arrays(plan, primitives, saved, weights, dropout, training, wants[3])
+    backward = Backward(primitives, plan, saved, arrays, alphas)
+    grads = backward.run(_node_gradients(plan, grad, saved), (wants[0], wants[1]), wants[3])
+    for result, rows, want in zip(results, grads, wants[:2], strict=False):
         if want and rows is not None:
             result.permute(0, 2, 3, 1).copy_(rows[..., : result.shape[1]])
-    if wants[2] and gradients.alphas is not None:
-        results[2].copy_(gradients.alphas)
-    if wants[3] and gradients.weights is not None:
-        results[3].copy_(gradients.weights)
+    if wants[2]:
+        results[2].copy_(backward.grad_alphas.view(alphas.shape))
+    if wants[3]:
+        results[3].copy_(arrays.weights.gradient())
     return results
 
 
@@ -233,12 +254,17 @@ def _node_gradients(plan: Plan, grad: Tensor, saved: Saved) -> Tensor:
 
 
 def _empty_gradients(
-    s0: Tensor, s1: Tensor, alphas: Tensor, weights: list[Tensor], wants: list[bool]
+    s0: Tensor,
+    s1: Tensor,
+    alphas: Tensor,
+    weights: list[Tensor],
+    wants: list[bool],
+    empty: Empty,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     nothing = torch.Size([0])
     total = sum(weight.numel() for weight in weights)
     inputs = [
-        s.new_empty((s.shape[0], s.shape[2], s.shape[3], s.shape[1])).permute(0, 3, 1, 2)
+        empty((s.shape[0], *s.shape[2:], s.shape[1]), s, s.dtype).permute(0, 3, 1, 2)
         if want
         else s.new_empty(nothing)
         for s, want in zip((s0, s1), wants[:2], strict=True)
@@ -250,7 +276,7 @@ def _empty_gradients(
 
 @cell_backward.register_fake
 def _(grad, s0, s1, alphas, weights, outputs, state, key, backend, training, wants):  # type: ignore[no-untyped-def]
-    return _empty_gradients(s0, s1, alphas, weights, wants)
+    return _empty_gradients(s0, s1, alphas, weights, wants, _fake_empty)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -329,7 +355,7 @@ def _(running, batches, stats, key, counts):  # type: ignore[no-untyped-def]
     return None
 
 
-class _Names:
+class Names:
     """The modules of a cell that hold its weights and statistics, in the order of its plan."""
 
     def __init__(self, cell: nn.Module) -> None:
@@ -358,7 +384,7 @@ class _Names:
         self.norms = [cell.get_submodule(name) for name in plan.norms]
 
 
-_names: WeakKeyDictionary[nn.Module, _Names] = WeakKeyDictionary()
+_names: WeakKeyDictionary[nn.Module, Names] = WeakKeyDictionary()
 
 
 def run(backend: str, cell: nn.Module, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
@@ -376,13 +402,13 @@ def run(backend: str, cell: nn.Module, s0: Tensor, s1: Tensor, weights: Tensor) 
     """
     names = _names.get(cell)
     if names is None:
-        names = _names[cell] = _Names(cell)
+        names = _names[cell] = Names(cell)
     running = [b for norm in names.norms for b in (norm.running_mean, norm.running_var)]
     dtype = _storage_dtype(s1)
     control = names.dropout
     rate = s1.new_zeros(1, dtype=torch.float32) if control is None else control.p
     state = s1.new_zeros(2, dtype=torch.int64) if control is None else control.state
-    out, *_, stats, _ = torch.ops.pdarts_fast.cell_forward(
+    out, *_, batch_moments, _ = torch.ops.pdarts_fast.cell_forward(
         s0,
         s1,
         weights,
@@ -398,5 +424,5 @@ def run(backend: str, cell: nn.Module, s0: Tensor, s1: Tensor, weights: Tensor) 
     if cell.training:
         batches = [norm.num_batches_tracked for norm in names.norms]
         counts = [out.shape[0] * out.shape[2] * out.shape[3], s1[:, 0].numel()]
-        torch.ops.pdarts_fast.update_running(running, batches, stats, names.key, counts)
+        torch.ops.pdarts_fast.update_running(running, batches, batch_moments, names.key, counts)
     return out

@@ -8,181 +8,134 @@ gradient of a state from all edges that leave it. ``moments`` has the algebra.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import moments
-from . import plan as plans
-from .cell_pass import Gradients, Pass, Saved, give_weights
-from .operation import Operation
-from .plan import Branch
+from .cell_pass import Pass
 
 
 class Backward(Pass):
-    """The backward pass.
+    """The backward pass; constructed like ``Pass``.
 
-    Args:
-        want_inputs: Whether the gradient of each input is wanted.
-        want_weights: Whether weight gradients are wanted; ``weights`` has room for them then.
-        others: As for ``Pass``.
+    Attributes:
+        grad_alphas: float64 ``[edges, ops]``; zero where the alpha is that of ``none``.
     """
 
-    def __init__(
-        self, *others: object, want_inputs: tuple[bool, bool], want_weights: bool
-    ) -> None:
-        super().__init__(*others)  # type: ignore[arg-type]
-        self.want_inputs = want_inputs
-        self.want_weights = want_weights
+    def run(
+        self, grad: Tensor, want_inputs: tuple[bool, bool], want_weights: bool
+    ) -> list[Tensor | None]:
+        """Gradients of the inputs; those of weights and alphas are left in the attributes.
+
+        Args:
+            grad: Of the nodes, ``[N, H, W, steps * C]``.
+            want_inputs: Whether the gradient of each input is wanted.
+            want_weights: Whether the weights have room for gradients.
+
+        Returns:
+            Like ``Saved.inputs``; None where not wanted.
+        """
+        saved, arrays, steps = self.saved, self.arrays, self.plan.steps
+        self.wanted = [want or want_weights for want in want_inputs]
+        self.count = saved.nodes[..., 0].numel()
         self.grad_alphas = torch.zeros_like(self.alphas)
-        # Per branch, for fan_in: gradient of its first output, and coefficients of dy.
-        self._grad: dict[tuple[int, int], Tensor] = {}
-        self._coef: dict[tuple[int, int], Tensor] = {}
-
-    def wants(self, source: int) -> bool:
-        """Whether the gradient of a state is needed by anyone."""
-        return source >= 2 or self.want_weights or self.want_inputs[source]
-
-    def run(self, saved: Saved, grad: Tensor) -> Gradients:
-        """Gradients for ``grad`` of the nodes, ``[N, H, W, steps * C]``."""
+        # dy of every item that reads a state, by (edge, op); row 0 is the factor of a skip.
         channels = saved.slots.shape[-1]
-        node_grad = grad[..., (self.plan.steps - 1) * channels :]
-        for node in reversed(range(self.plan.steps)):
-            self._enter(saved, node, node_grad)
+        self.coef = saved.norms.new_zeros(len(self.alphas), 3, channels)
+        shape = (self.calls.num_halves, *saved.slots.shape[1:])
+        arrays.half_grads = self.backend.empty(shape, grad, saved.slots.dtype)
+        arrays.grads = list(grad.chunk(steps, dim=-1))
+        for node in reversed(range(steps)):
+            self._enter(node)
             if node > 0:
-                incoming = grad[..., (node - 1) * channels : node * channels]
-                node_grad = self._gather(saved, node + 1, incoming)
+                arrays.grads[node - 1] = self._gather(node + 1, arrays.grads[node - 1])
         inputs: list[Tensor | None] = [None, None]
         for which in (1, 0):
-            if self.wants(which):
-                inputs[which] = self._preprocess(saved, which, self._gather(saved, which, None))
-        weights = self.weights.gradient(saved.stats.dtype) if self.want_weights else None
-        return Gradients(inputs, self.grad_alphas, weights)
+            if self.wanted[which]:
+                state_grad = self._gather(which, None)
+                inputs[which] = self._preprocess(which, state_grad, want_inputs[which])
+        return inputs
 
-    def _enter(self, saved: Saved, node: int, grad: Tensor) -> None:
-        """Alpha gradients of a node's edges, and dy of every branch as coefficients."""
-        entering = self.plan.entering(node)
-        if not entering:
-            return
-        normed = [branch for branch in entering if branch.kind != plans.SKIP]
-        skips = [branch for branch in entering if branch.kind == plans.SKIP]
-        sums = saved.stats.new_empty(len(entering), 2, saved.slots.shape[-1])
-        total = saved.stats.new_empty(saved.slots.shape[-1])
-        operations = []
-        if normed:
-            scale, shift = self.normalise(saved, [self.row(branch) for branch in normed])
-            scales, shifts = self.cast(saved, scale).unbind(), self.cast(saved, shift).unbind()
-            for i, branch in enumerate(normed):
-                operation = Operation(branch.kind, y=saved.slots[branch.slot], sums=sums[i])
-                operation.scale, operation.shift = scales[i], shifts[i]
-                operations.append(operation)
-        for i, branch in enumerate(skips, len(normed)):
-            operation = self.skip(branch, saved)
-            operation.sums = sums[i]
-            operations.append(operation)
-        self.backend.reduce(grad, operations, total, self.dropout)
-        ordered = normed + skips
-        edges = [branch.edge for branch in ordered]
-        self.grad_alphas[edges, [branch.op for branch in ordered]] = sums[:, 0].sum(1)
-        for branch in ordered:
-            self._grad[branch.edge, branch.op] = grad
-        if normed:
-            self._remember(saved, normed, total, sums[: len(normed), 0])
-        self._second_halves(saved, grad, [b for b in normed if b.first >= 0])
-
-    def _remember(
-        self, saved: Saved, branches: list[Branch], total: Tensor, products: Tensor
-    ) -> None:
-        picked = saved.stats[[self.row(branch) for branch in branches]]
-        coef = moments.backward_coefficients(
-            self.alpha(branches)[:, None],
-            picked[:, 0],
-            picked[:, 1],
-            total,
-            products,
-            saved.nodes[..., 0].numel(),
-            training=self.training,
+    def _enter(self, node: int) -> None:
+        """Alpha gradients of a node's edges, and dy of everything that enters it."""
+        normed, skips, both = (
+            by_node[node] for by_node in (self.calls.enter, self.calls.skips, self.calls.both)
         )
-        for branch, one in zip(branches, self.cast(saved, coef).unbind(), strict=True):
-            self._coef[branch.edge, branch.op] = one
-
-    def _second_halves(self, saved: Saved, grad: Tensor, branches: list[Branch]) -> None:
-        """From dy of separable convolutions to the gradient of their first halves' outputs."""
-        branches = [branch for branch in branches if self.wants(branch.source)]
-        if not branches:
+        grad = self.arrays.grads[node]
+        if not both.items:
             return
-        rows = [self.row(branch, 1) for branch in branches]
-        scale, shift = self.normalise(saved, rows)
-        scales, shifts = self.cast(saved, scale).unbind(), self.cast(saved, shift).unbind()
-        sums = saved.stats.new_empty(len(branches), 2, saved.slots.shape[-1])
-        operations = []
-        for i, branch in enumerate(branches):
-            operation = self.convolution(branch, 1)
-            operation.input = saved.slots[branch.first]
-            operation.scale, operation.shift = scales[i], shifts[i]
-            operation.y = saved.slots[branch.slot]
-            operation.grad = grad
-            operation.coef = self._coef[branch.edge, branch.op]
-            operation.grad_input = torch.empty_like(operation.input)
-            operation.sums = sums[i]
-            operations.append(operation)
-        self.backend.mid_backward(operations)
-        coef = moments.backward_coefficients(
-            torch.ones_like(scale[:, :1]),
-            saved.stats[rows, 0],
-            saved.stats[rows, 1],
-            sums[:, 0],
-            sums[:, 1],
-            saved.nodes[..., 0].numel(),
-            training=self.training,
-        )
-        casted = self.cast(saved, coef).unbind()
-        for branch, operation, one in zip(branches, operations, casted, strict=True):
-            assert operation.grad_input is not None
-            self._grad[branch.edge, branch.op] = operation.grad_input
-            self._coef[branch.edge, branch.op] = one
+        norms = self.norms(normed) if normed.items else self.saved.norms[:0]
+        missing = (0, 0, 0, 0, 0, len(skips.items))
+        padded = F.pad(norms, missing) if skips.items else norms
+        scale, shift = self.cast(padded[:, 0]), self.cast(padded[:, 1])
+        sums = norms.new_empty(1 + len(both.items), grad.shape[-1])
+        self.backend.reduce(both, self.arrays, grad, scale, shift, sums)
+        self.grad_alphas.index_copy_(0, both.alphas, sums[1:].sum(1))
+        if normed.items:
+            coef = moments.backward_coefficients(
+                self.factors(normed),
+                norms,
+                sums[0],
+                sums[1 : 1 + len(normed.items)],
+                self.count,
+                training=self.training,
+            )
+            self.coef.index_copy_(0, normed.alphas, coef)
+        if skips.items:
+            self.coef[skips.alphas, 0] = self.factors(skips)
+        self._second_halves(node)
 
-    def _gather(self, saved: Saved, source: int, incoming: Tensor | None) -> Tensor:
+    def _second_halves(self, node: int) -> None:
+        """From dy of separable convolutions to that of their first halves."""
+        call = self.calls.enter_second[self.wanted[0] + 2 * self.wanted[1]][node]
+        if not call.items:
+            return
+        norms = self.half_norms(call)
+        sums = norms.new_empty(norms.shape)
+        self.backend.mid_backward(
+            call,
+            self.arrays,
+            self.cast(norms[:, 0]),
+            self.cast(norms[:, 1]),
+            self.cast(self.coef.index_select(0, call.alphas)),
+            sums,
+        )
+        coef = moments.backward_coefficients(
+            None, norms, sums[:, 0], sums[:, 1], self.count, training=self.training
+        )
+        self.coef.index_copy_(0, call.alphas, coef)
+
+    def _gather(self, source: int, incoming: Tensor | None) -> Tensor:
         """Gradient of a state from all edges that leave it."""
-        x = self.state(saved, source)
-        operations = []
-        for branch in self.plan.leaving(source):
-            key = (branch.edge, branch.op)
-            if branch.kind == plans.SKIP:
-                operation = self.skip(branch, saved)
-                weight = self.alphas[branch.edge, branch.op].expand(x.shape[-1])
-                operation.scale = self.cast(saved, weight).contiguous()
-            else:
-                operation = self.convolution(branch, 0)
-                slot = branch.first if branch.first >= 0 else branch.slot
-                operation.y = saved.slots[slot]
-                operation.coef = self._coef.pop(key)
-            operation.grad = self._grad.pop(key)
-            operations.append(operation)
-        out = x.new_empty(x.shape)
-        self.backend.fan_in(x, operations, incoming, out, self.dropout)
+        call, x = self.calls.gather[source], self.arrays.states[source]
+        out = self.backend.empty(tuple(x.shape), x, x.dtype)
+        coef = self.cast(self.coef.index_select(0, call.alphas))
+        self.backend.fan_in(call, self.arrays, x, coef, incoming, out)
         return out
 
-    def _preprocess(self, saved: Saved, which: int, grad: Tensor) -> Tensor | None:
-        """Gradient of a cell input from that of the state made of it."""
-        row = self.input_row(which)
-        state = saved.states[which]
-        ones = saved.stats.new_ones(state.shape[-1])
-        probe = Operation(plans.POINTWISE, y=state, sums=saved.stats.new_empty(2, len(ones)))
-        probe.scale, probe.shift = self.cast(saved, ones), self.cast(saved, ones * 0)
-        total = torch.empty_like(ones)
-        self.backend.reduce(grad, [probe], total, self.dropout)
-        assert probe.sums is not None
-        coef = moments.input_backward_coefficients(
-            saved.stats[row, 1],
-            total,
-            probe.sums[0],
-            state[..., 0].numel(),
+    def _preprocess(self, which: int, grad: Tensor, want_input: bool) -> Tensor | None:
+        """Gradient of a cell input from that of the state made of it.
+
+        The state is stored normalised, so dy is in terms of BN(y): its own scale is 1, shift 0.
+        """
+        call, arrays = self.calls.inputs[which], self.input_arrays(which)
+        arrays.grads = [grad]
+        channels = grad.shape[-1]
+        identity = self.saved.norms.new_tensor([1.0, 0.0])[:, None].expand(2, channels)
+        sums = self.saved.norms.new_empty(2, channels)
+        one, zero = self.cast(identity[:1]), self.cast(identity[1:])
+        self.backend.reduce(call, arrays, grad, one, zero, sums)
+        coef = moments.backward_coefficients(
+            self.saved.norms[self.input_row(which), 0],
+            identity[None],
+            sums[0],
+            sums[1:],
+            self.saved.states[which][..., 0].numel(),
             training=self.training,
         )
-        operation = Operation(self.plan.input_kind(which), y=state, grad=grad)
-        operation.stride = 2 if operation.kind == plans.FACTORIZED else 1
-        give_weights(operation, self.weights.of_input(which))
-        operation.coef = self.cast(saved, coef)
-        x = saved.inputs[which]
-        out = torch.empty_like(x) if self.want_inputs[which] else None
-        self.backend.fan_in(x, [operation], None, out, self.dropout)
+        x = self.saved.inputs[which]
+        out = self.backend.empty(tuple(x.shape), x, x.dtype) if want_input else None
+        self.backend.fan_in(call, arrays, x, self.cast(coef), None, out)
         return out
+
+

@@ -12,92 +12,77 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import plan as plans
-from .cell_pass import Pass, Saved, give_weights
-from .operation import Operation
-from .plan import Branch
+from . import moments
+from .calls import Call
+from .cell_pass import Pass
 
 
 class Forward(Pass):
-    """The forward pass: fills the arrays of a ``Saved``."""
+    """The forward pass: fills the arrays of a ``Saved``.
 
-    def run(self, saved: Saved) -> None:
-        """Computes states, slots, nodes and, in training, the statistics."""
+    Attributes:
+        stats: Mean and biased variance of the batch, float64 ``[slots + 2, 2, C]``.
+    """
+
+    def run(self, stats: Tensor) -> None:
+        """Computes states, slots, nodes and, in training, statistics and normalisation.
+
+        Args:
+            stats: Written in training; see ``Attributes``.
+        """
+        self.stats = stats
         for which in (0, 1):
-            self._preprocess(saved, which)
+            self._preprocess(which)
         for source in range(2 + self.plan.steps):
             if source >= 2:
-                self._mix(saved, source - 2)
-            if source < 1 + self.plan.steps:
-                self._leave(saved, source)
+                self._mix(source - 2)
+            if source <= self.plan.steps:
+                self._leave(source)
 
-    def _sums(self, saved: Saved, row: int) -> Tensor | None:
-        """Where a primitive writes the statistics of a slot."""
-        return saved.stats[row] if self.training else torch.empty_like(saved.stats[0])
+    def _sums(self, call: Call) -> Tensor:
+        return self.saved.norms.new_empty(len(call.items), 2, self.saved.slots.shape[-1])
 
-    def _preprocess(self, saved: Saved, which: int) -> None:
-        operation = Operation(self.plan.input_kind(which))
-        operation.stride = 2 if operation.kind == plans.FACTORIZED else 1
-        give_weights(operation, self.weights.of_input(which))
-        operation.y = saved.states[which]
-        operation.sums = self._sums(saved, self.input_row(which))
-        self.backend.fan_out(saved.inputs[which], [operation])
-        scale, shift = self.normalise(saved, [self.input_row(which)])
-        self.backend.affine_(
-            saved.states[which], self.cast(saved, scale[0]), self.cast(saved, shift[0])
-        )
+    def _remember(self, call: Call, sums: Tensor) -> None:
+        """Keeps the statistics of a call's slots; in evaluation they are not used."""
+        if self.training:
+            self.stats.index_copy_(0, call.slots, sums)
+            self.saved.norms.index_copy_(0, call.slots, moments.normalisation(sums))
 
-    def _leave(self, saved: Saved, source: int) -> None:
+    def _preprocess(self, which: int) -> None:
+        call, row = self.calls.inputs[which], self.input_row(which)
+        sums = self._sums(call)
+        self.backend.fan_out(call, self.input_arrays(which), self.saved.inputs[which], sums)
+        if self.training:
+            self.stats[row] = sums[0]
+            self.saved.norms[row] = moments.normalisation(sums)[0]
+        scale, shift = self.cast(self.saved.norms[row])
+        self.backend.affine_(self.saved.states[which], scale, shift)
+
+    def _leave(self, source: int) -> None:
         """Everything on the edges that leave a state, up to the last BatchNorm."""
-        leaving = self.plan.leaving(source)
-        first, separable = [], []
-        for branch in leaving:
-            if branch.kind == plans.SKIP or branch.shared:
-                continue
-            operation = self.convolution(branch, 0)
-            halves = branch.first >= 0
-            slot = branch.first if halves else branch.slot
-            operation.y = saved.slots[slot]
-            operation.sums = self._sums(saved, self.row(branch, int(halves)))
-            first.append(operation)
-            if halves:
-                separable.append(branch)
-        if first:
-            self.backend.fan_out(self.state(saved, source), first)
-        if separable:
-            self._second_halves(saved, separable)
+        first, second = self.calls.leave[source], self.calls.second[source]
+        if first.items:
+            sums = self._sums(first)
+            self.backend.fan_out(first, self.arrays, self.arrays.states[source], sums)
+            self._remember(first, sums)
+        if second.items:
+            scale, shift = self.half_norms(second).unbind(1)
+            sums = self._sums(second)
+            self.backend.mid(second, self.arrays, self.cast(scale), self.cast(shift), sums)
+            self._remember(second, sums)
 
-    def _second_halves(self, saved: Saved, separable: list[Branch]) -> None:
-        scale, shift = self.normalise(saved, [self.row(branch, 1) for branch in separable])
-        scales, shifts = self.cast(saved, scale).unbind(), self.cast(saved, shift).unbind()
-        operations = []
-        for branch, one_scale, one_shift in zip(separable, scales, shifts, strict=True):
-            operation = self.convolution(branch, 1)
-            operation.input = saved.slots[branch.first]
-            operation.scale, operation.shift = one_scale, one_shift
-            operation.y = saved.slots[branch.slot]
-            operation.sums = self._sums(saved, self.row(branch))
-            operations.append(operation)
-        self.backend.mid(operations)
-
-    def _mix(self, saved: Saved, node: int) -> None:
-        entering = self.plan.entering(node)
-        normed = [branch for branch in entering if branch.kind != plans.SKIP]
-        skips = [branch for branch in entering if branch.kind == plans.SKIP]
-        total = saved.stats.new_zeros(saved.slots.shape[-1])
-        operations = []
-        if normed:
-            scale, shift = self.normalise(saved, [self.row(branch) for branch in normed])
-            alpha = self.alpha(normed)[:, None]
-            total = (alpha * shift).sum(0)
-            scales = self.cast(saved, alpha * scale).unbind()
-            for branch, one_scale in zip(normed, scales, strict=True):
-                operations.append(
-                    Operation(branch.kind, y=saved.slots[branch.slot], scale=one_scale)
-                )
-        for branch, weight in zip(skips, self.alpha(skips) if skips else (), strict=True):
-            operation = self.skip(branch, saved)
-            operation.scale = self.cast(saved, weight.expand(total.shape)).contiguous()
-            operations.append(operation)
-        out = self.state(saved, node + 2)
-        self.backend.mix(operations, self.cast(saved, total), out, self.dropout)
+    def _mix(self, node: int) -> None:
+        normed, skips = self.calls.enter[node], self.calls.skips[node]
+        out = self.arrays.states[node + 2]
+        total = self.saved.norms.new_zeros(out.shape[-1])
+        scales = []
+        if normed.items:
+            scale, shift = self.norms(normed).unbind(1)
+            factors = self.factors(normed)
+            scales.append(factors * scale)
+            total = (factors * shift).sum(0)
+        if skips.items:
+            scales.append(self.factors(skips).expand(-1, out.shape[-1]))
+        scale = torch.cat(scales) if scales else total[None, :0]
+        call = self.calls.both[node]
+        self.backend.mix(call, self.arrays, self.cast(scale), self.cast(total), out)

@@ -1,22 +1,20 @@
 """What the forward and the backward pass of a search cell have in common.
 
-Saved for backward: the two inputs before and after preprocessing, the nodes, and one array a slot
-(output before BatchNorm). Everything else is recomputed.
+Saved for backward: the two inputs before and after preprocessing, the nodes, one array a slot
+(output before BatchNorm), and scale and shift of every BatchNorm. Everything else is recomputed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import moments
+from . import calls
 from . import plan as plans
-from .operation import Backend, Dropout, Operation
-from .plan import Branch, Plan
-from .weights import Half, Weights
+from .calls import Call
+from .interface import Arrays, Backend
+from .plan import Plan
 
 
 @dataclass(slots=True)
@@ -28,42 +26,20 @@ class Saved:
         states: Both after preprocessing, ``[N, H, W, C]``.
         nodes: ``[N, H, W, steps * C]``, node after node.
         slots: Outputs before BatchNorm, ``[slots, N, H, W, C]``.
-        stats: Mean and biased variance, float64 ``[slots + 2, 2, C]`` of the batch in training,
-            ``[norms, 2, C]`` of the running statistics in evaluation.
+        norms: Scale and shift of every BatchNorm, float64 ``[rows, 2, C]``. Rows are slots and
+            then the two inputs in training, ``Plan.norms`` in evaluation, where norms of the same
+            slot may differ.
     """
 
     inputs: tuple[Tensor, Tensor]
     states: tuple[Tensor, Tensor]
     nodes: Tensor
     slots: Tensor
-    stats: Tensor
+    norms: Tensor
 
-
-@dataclass(slots=True)
-class Gradients:
-    """Gradients of a cell; None where nobody asks.
-
-    Attributes:
-        inputs: Like ``Saved.inputs``.
-        alphas: float64 ``[edges, ops]``.
-        weights: Flat, in the order of ``Plan.weights``.
-    """
-
-    inputs: list[Tensor | None]
-    alphas: Tensor | None
-    weights: Tensor | None
-
-
-def pad_channels(x: Tensor, channels: int) -> Tensor:
-    """``x`` ``[N, H, W, C]``, contiguous, with zero channels appended."""
-    missing = channels - x.shape[-1]
-    return F.pad(x, (0, missing)) if missing else x.contiguous()
-
-
-def state_size(plan: Plan, which: int, x: Tensor) -> tuple[int, int]:
-    """Height and width of an input after preprocessing."""
-    divisor = 2 if plan.input_kind(which) == plans.FACTORIZED else 1
-    return -(-x.shape[1] // divisor), -(-x.shape[2] // divisor)
+    def all_states(self, steps: int) -> list[Tensor]:
+        """Every state, ``[N, H, W, C]``: the inputs', then slices of the nodes."""
+        return [*self.states, *self.nodes.chunk(steps, dim=-1)]
 
 
 class Pass:
@@ -72,81 +48,64 @@ class Pass:
     Args:
         backend: Runs the primitives.
         plan: The cell.
-        weights: Its weights.
+        saved: Arrays to write in a forward pass, to read in a backward pass.
+        arrays: The same for the primitives.
         alphas: Weights of the operations, ``[edges, ops]``.
-        dropout: Rate and state of the skip dropout.
-        training: Batch statistics and dropout, or running statistics and none.
     """
 
     def __init__(
-        self,
-        backend: Backend,
-        plan: Plan,
-        weights: Weights,
-        alphas: Tensor,
-        dropout: Dropout,
-        training: bool,
+        self, backend: Backend, plan: Plan, saved: Saved, arrays: Arrays, alphas: Tensor
     ) -> None:
         self.backend = backend
         self.plan = plan
-        self.weights = weights
-        self.alphas = alphas.detach().double()
-        self.dropout = dropout
-        self.training = training
+        self.calls = calls.of(plan.key)
+        self.saved = saved
+        self.arrays = arrays
+        self.training = arrays.training
+        self.alphas = alphas.detach().double().flatten()
+        self.dtype = backend.coefficient_dtype(saved.slots.dtype)
 
-    def row(self, branch: Branch, half: int = 0) -> int:
-        """Row of a branch in ``Saved.stats``; ``half`` 1 is a separable's first half."""
-        if not self.training:
-            return branch.norms[half]
-        return branch.first if half else branch.slot
+    def rows(self, call: Call) -> Tensor:
+        """Rows of a call's items in ``Saved.norms``."""
+        return call.slots if self.training else call.norms
+
+    def norms(self, call: Call) -> Tensor:
+        """Scale and shift of a call's items, float64 ``[n, 2, C]``."""
+        return self.saved.norms.index_select(0, self.rows(call))
 
     def input_row(self, which: int) -> int:
-        """Row of an input's BatchNorm in ``Saved.stats``."""
-        base = self.plan.num_slots if self.training else len(self.plan.norms) - 2
-        return base + which
+        """Row of an input in ``Saved.norms``."""
+        return (self.plan.num_slots if self.training else len(self.plan.norms) - 2) + which
 
-    def alpha(self, branches: Sequence[Branch]) -> Tensor:
-        """Weights of branches, float64 ``[n]``."""
-        edges = [branch.edge for branch in branches]
-        return self.alphas[edges, [branch.op for branch in branches]]
+    def factors(self, call: Call) -> Tensor:
+        """Alphas of a call's items, float64 ``[n, 1]``."""
+        return self.alphas.index_select(0, call.alphas)[:, None]
 
-    def state(self, saved: Saved, source: int) -> Tensor:
-        """State ``source``, ``[N, H, W, C]``, a slice of the nodes from 2 on."""
-        if source < 2:
-            return saved.states[source]
-        channels = saved.slots.shape[-1]
-        return saved.nodes[..., (source - 2) * channels : (source - 1) * channels]
-
-    def convolution(self, branch: Branch, half: int) -> Operation:
-        """An operation with the geometry and weights of a half of a branch."""
-        operation = Operation(branch.kind, branch.kernel, branch.dilation, branch.stride)
-        operation.padding = branch.padding
-        if half == 1:
-            operation.stride = 1
-        if branch.weights:
-            give_weights(operation, self.weights.of(branch, half))
-        return operation
-
-    def skip(self, branch: Branch, saved: Saved) -> Operation:
-        """A skip connection, with dropout if the cell has it and is in training."""
-        operation = Operation(branch.kind, input=self.state(saved, branch.source))
-        if self.plan.dropout and self.training:
-            operation.stream = self.plan.index * plans.STREAMS_PER_CELL + branch.edge
-        return operation
-
-    def normalise(self, saved: Saved, rows: list[int]) -> tuple[Tensor, Tensor]:
-        """float64 scale and shift ``[n, C]`` of rows of the statistics."""
-        picked = saved.stats[rows]
-        return moments.normalisation(picked[:, 0], picked[:, 1])
-
-    def cast(self, saved: Saved, x: Tensor) -> Tensor:
+    def cast(self, x: Tensor) -> Tensor:
         """float64 to the dtype in which the backend wants coefficients."""
-        return x.to(self.backend.coefficient_dtype(saved.slots))  # type: ignore[call-overload]
+        return x.to(self.dtype).contiguous()
+
+    def input_arrays(self, which: int) -> Arrays:
+        """The arrays of a call of ``CellCalls.inputs``: its slot 0 is the state."""
+        arrays = self.arrays
+        return Arrays(
+            y=self.saved.states[which][None],
+            states=arrays.states,
+            weights=arrays.weights,
+            rate=arrays.rate,
+            state=arrays.state,
+            channels=arrays.channels,
+            training=arrays.training,
+            grads=[],
+        )
+
+    def half_norms(self, call: Call) -> Tensor:
+        """Scale and shift of what a call's second halves read, float64 ``[n, 2, C]``."""
+        rows = call.input_slots if self.training else call.input_norms
+        return self.saved.norms.index_select(0, rows)
 
 
-def give_weights(operation: Operation, half: Half) -> None:
-    """Puts the weights of a convolution half, and room for their gradients, on an operation."""
-    operation.depthwise = half.depthwise
-    operation.pointwise = half.pointwise
-    operation.grad_depthwise = half.grad_depthwise
-    operation.grad_pointwise = half.grad_pointwise
+def state_size(plan: Plan, which: int, height: int, width: int) -> tuple[int, int]:
+    """Height and width of an input after preprocessing."""
+    divisor = 2 if plan.input_kind(which) == plans.FACTORIZED else 1
+    return -(-height // divisor), -(-width // divisor)

@@ -6,7 +6,7 @@ plus one constant vector. Backward, with g the gradient of the node, gbar = mean
 s = mean(g * BN(y)):
 
     dalpha = M * sum(s)
-    dy     = alpha r (g - gbar - BN(y) s) = (alpha r) g - (alpha r^2 s) y + alpha r (r s m - gbar)
+    dy     = alpha r (g - gbar - BN(y) s) = (alpha r) g - (alpha r^2 s) y - alpha r (gbar - r m s)
 
 In evaluation mode m and v are constants, and dy is ``(alpha r) g`` alone. All of this is float64:
 a handful of C-sized vectors.
@@ -21,23 +21,25 @@ EPS = 1e-5
 MOMENTUM = 0.1
 
 
-def reciprocal_deviation(variance: Tensor) -> Tensor:
-    """``(variance + eps)^-1/2``."""
-    return (variance + EPS).rsqrt()
+def normalisation(moments: Tensor) -> Tensor:
+    """Scale r and shift ``-r m`` of ``BN(y) = y * scale + shift``.
 
+    Args:
+        moments: Mean and biased variance, ``[n, 2, C]``.
 
-def normalisation(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and shift of ``BN(y) = y * scale + shift``, each of the shape of ``mean``."""
-    scale = reciprocal_deviation(variance)
-    return scale, -mean * scale
+    Returns:
+        ``[n, 2, C]``.
+    """
+    mean, variance = moments.unbind(1)
+    scale = (variance + EPS).rsqrt()
+    return torch.stack([scale, -scale * mean], dim=1)
 
 
 def backward_coefficients(
-    alpha: Tensor,
-    mean: Tensor,
-    variance: Tensor,
+    factor: Tensor | None,
+    norm: Tensor,
     sum_grad: Tensor,
-    sum_grad_normalised: Tensor,
+    sum_product: Tensor,
     count: int,
     *,
     training: bool,
@@ -45,42 +47,25 @@ def backward_coefficients(
     """``dy = c[0] * g + c[1] * y + c[2]`` of BatchNorms that share M.
 
     Args:
-        alpha: Factor behind the BatchNorm, ``[n, 1]``.
-        mean: ``[n, C]``.
-        variance: Biased, ``[n, C]``.
+        factor: alpha behind the BatchNorm, ``[n, 1]``; None for 1.
+        norm: Scale and shift, ``[n, 2, C]``.
         sum_grad: Sum of g over the batch, ``[n, C]`` or ``[C]``.
-        sum_grad_normalised: Sum of ``g * BN(y)`` over the batch, ``[n, C]``.
+        sum_product: Sum of ``g * BN(y)`` over the batch, ``[n, C]``.
         count: M.
-        training: Whether mean and variance are those of the batch.
+        training: Whether the moments are those of the batch.
 
     Returns:
         ``[n, 3, C]``.
     """
-    scale = reciprocal_deviation(variance)
-    first = alpha * scale
+    scale, shift = norm.unbind(1)
+    first = scale if factor is None else factor * scale
     if not training:
         zero = torch.zeros_like(first)
         return torch.stack([first, zero, zero], dim=1)
-    spread = first * scale * (sum_grad_normalised / count)
-    return torch.stack([first, -spread, spread * mean - first * sum_grad / count], 1)
-
-
-def input_backward_coefficients(
-    variance: Tensor, sum_grad: Tensor, sum_grad_normalised: Tensor, count: int, *, training: bool
-) -> Tensor:
-    """As ``backward_coefficients`` with alpha 1, in terms of BN(y), which is stored in place of y.
-
-    Args:
-        variance, sum_grad, sum_grad_normalised: ``[C]`` each.
-
-    Returns:
-        ``[3, C]`` such that ``dy = c[0] * g + c[1] * BN(y) + c[2]``.
-    """
-    scale = reciprocal_deviation(variance)
-    if not training:
-        zero = torch.zeros_like(scale)
-        return torch.stack([scale, zero, zero])
-    return torch.stack([scale, -scale * sum_grad_normalised / count, -scale * sum_grad / count])
+    s = sum_product / count
+    second = -first * s
+    third = second * shift - first * (sum_grad / count)
+    return torch.stack([first, second * scale, third], dim=1)
 
 
 def unbiased(variance: Tensor, count: int) -> Tensor:

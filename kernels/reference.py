@@ -1,20 +1,20 @@
 """Every primitive of a search cell in plain torch: the specification of the kernels.
 
-Slow and simple, for every floating dtype. ``Reference`` implements ``operation.Backend``; read
-there what each primitive computes. Gradients come from autograd on the forward expressions, so
-they share no algebra with the kernels.
+Slow and simple, for every floating dtype. ``Reference`` implements ``interface.Backend``; read
+there what each primitive computes. Gradients are torch's own of each layer: inside an operator
+autograd does not record.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import philox, plan
-from .operation import Dropout, Operation
+from .calls import Call, Item
+from .interface import Arrays
+from .weights import Weights
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -30,182 +30,233 @@ def _nhwc(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)
 
 
-def convolution(operation: Operation, x: Tensor, depthwise: Tensor, pointwise: Tensor) -> Tensor:
-    """``W depthwise(relu(x))`` of x ``[N, C, H, W]``."""
-    z = F.conv2d(
-        torch.relu(x),
-        depthwise,
-        stride=operation.stride,
-        padding=operation.padding,
-        dilation=operation.dilation,
-        groups=x.shape[1],
+def _weights(item: Item, weights: Weights) -> tuple[Tensor, Tensor]:
+    """Depthwise ``[C, 1, k, k]`` (empty if none) and pointwise ``[C, Cx, 1, 1]`` weights."""
+    pointwise = weights.matrix(item.pointwise)
+    if item.kind == plan.FACTORIZED:
+        pointwise = torch.cat([pointwise, weights.matrix(item.pointwise + 1)])
+    if item.kind != plan.CONV:
+        return pointwise.new_empty(0), pointwise[:, :, None, None]
+    taps = weights.matrix(item.depthwise)
+    return taps.view(-1, 1, item.kernel, item.kernel), pointwise[:, :, None, None]
+
+
+def _geometry(item: Item, channels: int) -> tuple[int, int, int, int]:
+    """Stride, padding, dilation and groups of a depthwise convolution."""
+    return item.stride, item.padding, item.dilation, channels
+
+
+def _shifted(x: Tensor) -> Tensor:
+    """The image moved up and left by one pixel; an odd side gets a row of zeros."""
+    return F.pad(x[:, :, 1:, 1:], (0, x.shape[3] % 2, 0, x.shape[2] % 2))
+
+
+def forward(item: Item, x: Tensor, weights: Weights) -> Tensor:
+    """Output before BatchNorm of an item but a skip, of x ``[N, C, H, W]``."""
+    if item.kind == plan.MAX_POOL:
+        return F.max_pool2d(x, 3, stride=item.stride, padding=1)
+    if item.kind == plan.AVG_POOL:
+        return F.avg_pool2d(x, 3, stride=item.stride, padding=1, count_include_pad=False)
+    r = torch.relu(x)
+    taps, pointwise = _weights(item, weights)
+    if item.kind == plan.CONV:
+        return F.conv2d(F.conv2d(r, taps, None, *_geometry(item, x.shape[1])), pointwise)
+    if item.kind == plan.POINTWISE:
+        return F.conv2d(r, pointwise)
+    split = weights.layout.padded[item.pointwise][0]
+    even, odd = pointwise[:split], pointwise[split:]
+    halves = [F.conv2d(r, even, stride=2), F.conv2d(_shifted(r), odd, stride=2)]
+    return torch.cat(halves, dim=1)
+
+
+def _convolution_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int, groups: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of a bias-free convolution to its input and its weight."""
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        dy,
+        x,
+        weight,
+        None,
+        [stride, stride],
+        [padding, padding],
+        [dilation, dilation],
+        False,
+        [0, 0],
+        groups,
+        [True, True, False],
     )
-    return F.conv2d(z, pointwise[:, :, None, None])
+    return dx, dw
 
 
-def factorized(x: Tensor, pointwise: Tensor) -> Tensor:
-    """1×1 convolutions of the even and of the odd pixels of relu(x), added."""
-    even, odd = pointwise.chunk(2, dim=1)
-    x = torch.relu(x)
-    shifted = F.pad(x[:, :, 1:, 1:], (0, x.shape[3] % 2, 0, x.shape[2] % 2))
-    first = F.conv2d(x, even[:, :, None, None], stride=2)
-    return first + F.conv2d(shifted, odd[:, :, None, None], stride=2)
+def _write(weights: Weights, index: int, grad: Tensor) -> None:
+    if weights.grad is not None:
+        target = weights.grad_matrix(index)
+        target.copy_(grad.reshape(target.shape))
 
 
-def pool(operation: Operation, x: Tensor) -> Tensor:
-    """3×3 pool of x ``[N, C, H, W]``; the average counts only pixels of the image."""
-    if operation.kind == plan.MAX_POOL:
-        return F.max_pool2d(x, 3, stride=operation.stride, padding=1)
-    return F.avg_pool2d(x, 3, stride=operation.stride, padding=1, count_include_pad=False)
+def _separable_backward(item: Item, x: Tensor, dy: Tensor, weights: Weights) -> Tensor:
+    r = torch.relu(x)
+    taps, pointwise = _weights(item, weights)
+    geometry = _geometry(item, x.shape[1])
+    z = F.conv2d(r, taps, None, *geometry)
+    dz, grad = _convolution_backward(dy, z, pointwise, 1, 0, 1, 1)
+    _write(weights, item.pointwise, grad)
+    dr, grad = _convolution_backward(dz, r, taps, *geometry)
+    _write(weights, item.depthwise, grad)
+    return dr * (x > 0)
 
 
-def _forward(
-    operation: Operation, x: Tensor, depthwise: Tensor | None, pointwise: Tensor | None
-) -> Tensor:
-    """``y`` of any operation but a SKIP, for x ``[N, C, H, W]``."""
-    if operation.kind in (plan.MAX_POOL, plan.AVG_POOL):
-        return pool(operation, x)
-    assert pointwise is not None
-    if operation.kind == plan.FACTORIZED:
-        return factorized(x, pointwise)
-    if operation.kind == plan.POINTWISE:
-        return F.conv2d(torch.relu(x), pointwise[:, :, None, None])
-    assert depthwise is not None
-    return convolution(operation, x, depthwise, pointwise)
+def _one_by_one_backward(item: Item, x: Tensor, dy: Tensor, weights: Weights) -> Tensor:
+    r = torch.relu(x)
+    _, pointwise = _weights(item, weights)
+    if item.kind == plan.POINTWISE:
+        dr, grad = _convolution_backward(dy, r, pointwise, 1, 0, 1, 1)
+        _write(weights, item.pointwise, grad)
+        return dr * (x > 0)
+    split = weights.layout.padded[item.pointwise][0]
+    dr, grad = _convolution_backward(dy[:, :split], r, pointwise[:split], 2, 0, 1, 1)
+    _write(weights, item.pointwise, grad)
+    shifted = _shifted(r)
+    d_shifted, grad = _convolution_backward(dy[:, split:], shifted, pointwise[split:], 2, 0, 1, 1)
+    _write(weights, item.pointwise + 1, grad)
+    dr[:, :, 1:, 1:] += d_shifted[:, :, : x.shape[2] - 1, : x.shape[3] - 1]
+    return dr * (x > 0)
 
 
-def _store(operation: Operation, y: Tensor) -> None:
-    assert operation.y is not None
-    operation.y.copy_(_nhwc(y))
-    if operation.sums is not None:
-        stored = _wide(operation.y).double().flatten(0, 2)
-        operation.sums[0] = stored.mean(0)
-        operation.sums[1] = stored.var(0, unbiased=False)
+def _pool_backward(item: Item, x: Tensor, dy: Tensor) -> Tensor:
+    size, stride, padding = [3, 3], [item.stride] * 2, [1, 1]
+    if item.kind == plan.AVG_POOL:
+        return torch.ops.aten.avg_pool2d_backward(dy, x, size, stride, padding, False, False, None)
+    _, indices = F.max_pool2d(x, 3, item.stride, 1, return_indices=True)
+    return torch.ops.aten.max_pool2d_with_indices_backward(
+        dy, x, size, stride, padding, [1, 1], False, indices
+    )
 
 
-def _output_gradient(operation: Operation) -> Tensor:
-    assert operation.grad is not None and operation.coef is not None and operation.y is not None
-    first, second, third = operation.coef.to(_wide(operation.y).dtype)
-    return _nchw(first * _wide(operation.grad) + second * _wide(operation.y) + third)
+def backward(item: Item, x: Tensor, dy: Tensor, weights: Weights) -> Tensor:
+    """Gradient of ``forward`` to x for dy; writes the weight gradients if there is room."""
+    if item.kind in (plan.MAX_POOL, plan.AVG_POOL):
+        return _pool_backward(item, x, dy)
+    if item.kind == plan.CONV:
+        return _separable_backward(item, x, dy, weights)
+    return _one_by_one_backward(item, x, dy, weights)
 
 
-def _backward(
-    operation: Operation, x: Tensor, forward: Callable[..., Tensor]
-) -> Tensor:
-    """Gradient of ``forward`` to x for dy; writes the weight gradients that are asked for."""
-    dy = _output_gradient(operation)
-    leaf = x.detach().requires_grad_()
-    weights = [
-        None if weight is None else weight.detach().to(x.dtype).requires_grad_()
-        for weight in (operation.depthwise, operation.pointwise)
-    ]
-    with torch.enable_grad():
-        y = forward(operation, leaf, *weights)
-    wanted = [
-        (weight, target)
-        for weight, target in zip(
-            weights, (operation.grad_depthwise, operation.grad_pointwise), strict=True
-        )
-        if weight is not None and target is not None
-    ]
-    grads = torch.autograd.grad(y, [leaf, *(weight for weight, _ in wanted)], dy)
-    for grad, (_, target) in zip(grads[1:], wanted, strict=True):
-        target.copy_(grad)
-    return grads[0]
+def _output_gradient(coef: Tensor, grad: Tensor, y: Tensor) -> Tensor:
+    return _nchw(coef[0] * _wide(grad) + coef[1] * _wide(y) + coef[2])
 
 
-def _dropped(operation: Operation, x: Tensor, dropout: Dropout) -> Tensor:
+def _dropped(item: Item, x: Tensor, arrays: Arrays) -> Tensor:
     """``dropout(x)`` of x ``[N, H, W, C]``."""
     x = _wide(x)
-    if operation.stream < 0:
+    if item.stream < 0 or not arrays.training:
         return x
-    assert dropout.rate is not None and dropout.state is not None
-    return _nhwc(philox.dropout(_nchw(x), dropout.rate, dropout.state, operation.stream))
+    return _nhwc(philox.dropout(_nchw(x), arrays.rate, arrays.state, item.stream))
+
+
+def _pixel_sums(x: Tensor) -> Tensor:
+    return x.double().sum((0, 1, 2))
 
 
 class Reference:
-    """The primitives of ``operation.Backend`` in plain torch."""
+    """The primitives of ``interface.Backend`` in plain torch."""
 
     def channels(self, count: int) -> int:
         return count
 
-    def coefficient_dtype(self, storage: Tensor) -> torch.dtype:
-        return _wide(storage).dtype
+    def coefficient_dtype(self, storage: torch.dtype) -> torch.dtype:
+        return torch.float64 if storage == torch.float64 else torch.float32
 
-    def fan_out(self, x: Tensor, operations: list[Operation]) -> None:
-        image = _nchw(x)
-        for operation in operations:
-            y = _forward(operation, image, operation.depthwise, operation.pointwise)
-            _store(operation, y)
+    def empty(self, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+        return like.new_empty(shape, dtype=dtype)
 
-    def mid(self, operations: list[Operation]) -> None:
-        for operation in operations:
-            assert operation.depthwise is not None and operation.pointwise is not None
-            x = self._normalised(operation)
-            _store(operation, convolution(operation, x, operation.depthwise, operation.pointwise))
+    def _store(self, item: Item, arrays: Arrays, y: Tensor, sums: Tensor) -> None:
+        stored = arrays.y[item.slot]
+        stored.copy_(_nhwc(y))
+        rows = _wide(stored).double().flatten(0, 2)
+        sums[0] = rows.mean(0)
+        sums[1] = rows.var(0, unbiased=False)
 
-    def _normalised(self, operation: Operation) -> Tensor:
-        assert operation.input is not None
-        return _nchw(_wide(operation.input) * operation.scale + operation.shift)
+    def fan_out(self, call: Call, arrays: Arrays, x: Tensor, sums: Tensor) -> None:
+        for i, item in enumerate(call.items):
+            self._store(item, arrays, forward(item, _nchw(x), arrays.weights), sums[i])
+
+    def mid(self, call: Call, arrays: Arrays, scale: Tensor, shift: Tensor, sums: Tensor) -> None:
+        for i, item in enumerate(call.items):
+            x = _nchw(_wide(arrays.y[item.input]) * scale[i] + shift[i])
+            self._store(item, arrays, forward(item, x, arrays.weights), sums[i])
 
     def affine_(self, y: Tensor, scale: Tensor, shift: Tensor) -> None:
         y.copy_(_wide(y) * scale + shift)
 
-    def mix(
-        self, operations: list[Operation], shift: Tensor, out: Tensor, dropout: Dropout
-    ) -> None:
+    def mix(self, call: Call, arrays: Arrays, scale: Tensor, shift: Tensor, out: Tensor) -> None:
         total = shift.expand(out.shape)
-        for operation in operations:
-            if operation.kind == plan.SKIP:
-                assert operation.input is not None
-                term = _dropped(operation, operation.input, dropout)
+        for i, item in enumerate(call.items):
+            if item.kind == plan.SKIP:
+                term = _dropped(item, arrays.states[item.source], arrays)
             else:
-                assert operation.y is not None
-                term = _wide(operation.y)
-            total = total + term * operation.scale
+                term = _wide(arrays.y[item.slot])
+            total = total + term * scale[i]
         out.copy_(total)
 
     def reduce(
-        self, grad: Tensor, operations: list[Operation], sums: Tensor, dropout: Dropout
+        self,
+        call: Call,
+        arrays: Arrays,
+        grad: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        sums: Tensor,
     ) -> None:
-        g = _wide(grad).double()
-        sums.copy_(g.sum((0, 1, 2)))
-        for operation in operations:
-            assert operation.sums is not None
-            if operation.kind == plan.SKIP:
-                assert operation.input is not None
-                value = _dropped(operation, operation.input, dropout)
+        g = _wide(grad)
+        sums[0] = _pixel_sums(g)
+        for i, item in enumerate(call.items):
+            if item.kind == plan.SKIP:
+                value = _dropped(item, arrays.states[item.source], arrays)
             else:
-                assert operation.y is not None
-                value = _wide(operation.y) * operation.scale + operation.shift
-            operation.sums[0] = (g * value).sum((0, 1, 2))
+                value = _wide(arrays.y[item.slot]) * scale[i] + shift[i]
+            sums[1 + i] = _pixel_sums(g * value)
 
-    def mid_backward(self, operations: list[Operation]) -> None:
-        for operation in operations:
-            assert operation.grad_input is not None and operation.sums is not None
-            x = self._normalised(operation)
-            operation.grad_input.copy_(_nhwc(_backward(operation, x, convolution)))
-            stored = _wide(operation.grad_input).double()
-            operation.sums[0] = stored.sum((0, 1, 2))
-            operation.sums[1] = (stored * _nhwc(torch.relu(x))).sum((0, 1, 2))
+    def mid_backward(
+        self,
+        call: Call,
+        arrays: Arrays,
+        scale: Tensor,
+        shift: Tensor,
+        coef: Tensor,
+        sums: Tensor,
+    ) -> None:
+        assert arrays.half_grads is not None
+        for i, item in enumerate(call.items):
+            normalised = _wide(arrays.y[item.input]) * scale[i] + shift[i]
+            dy = _output_gradient(coef[i], arrays.grads[item.node], arrays.y[item.slot])
+            out = arrays.half_grads[item.half]
+            out.copy_(_nhwc(backward(item, _nchw(normalised), dy, arrays.weights)))
+            sums[i, 0] = _pixel_sums(_wide(out))
+            sums[i, 1] = _pixel_sums(_wide(out) * torch.relu(normalised))
 
     def fan_in(
         self,
+        call: Call,
+        arrays: Arrays,
         x: Tensor,
-        operations: list[Operation],
+        coef: Tensor,
         incoming: Tensor | None,
         out: Tensor | None,
-        dropout: Dropout,
     ) -> None:
         image = _nchw(x)
         total = torch.zeros_like(image) if incoming is None else _nchw(incoming)
-        for operation in operations:
-            if operation.kind == plan.SKIP:
-                assert operation.grad is not None
+        for i, item in enumerate(call.items):
+            if item.kind == plan.SKIP:
                 # The mask is a factor of each element: dropping g is the backward of dropping x.
-                term = _dropped(operation, operation.grad, dropout) * operation.scale
-                total = total + _nchw(term)
+                term = _nchw(_dropped(item, arrays.grads[item.node], arrays) * coef[i, 0])
             else:
-                total = total + _backward(operation, image, _forward)
+                separable = item.half >= 0
+                assert arrays.half_grads is not None or not separable
+                grad = arrays.half_grads[item.half] if separable else arrays.grads[item.node]
+                dy = _output_gradient(coef[i], grad, arrays.y[item.slot])
+                term = backward(item, image, dy, arrays.weights)
+            total = total + term
         if out is not None:
             out.copy_(_nhwc(total))

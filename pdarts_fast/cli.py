@@ -2,61 +2,40 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
-from pdarts_fast.config import PRESETS, SearchConfig, from_json, load_config, preset
+from pdarts_fast import cli_dropin, cli_train
+from pdarts_fast.config import PRESETS, DatasetName, SearchConfig, preset
 from pdarts_fast.errors import RunError, UsageError
+from pdarts_fast.flags import PROGRAM, parse, run_defaults
 from pdarts_fast.version import __version__
-
-PROGRAM = "pdarts-fast"
 
 
 def search(arguments: Sequence[str]) -> int:
     """Search a cell (P-DARTS, three stages)."""
-    config = tyro.cli(
-        SearchConfig,
-        prog=f"{PROGRAM} search",
-        args=list(arguments),
-        default=_search_defaults(arguments),
-    )
+    config = parse(SearchConfig, "search", arguments, run_defaults(arguments, preset))
     from pdarts_fast.run.signals import Interrupted
     from pdarts_fast.run_search import run_search
+    from pdarts_fast.run_train import check_then_train, run_train, then_train
 
+    if config.then_train:
+        check_then_train(config)
     try:
-        run_search(config)
+        run_dir = run_search(config)
+        if config.then_train:
+            run_train(then_train(config, run_dir))
     except Interrupted as stop:
-        logging.getLogger(__name__).warning(
-            "stopped by %s after writing a checkpoint: run again with --resume to go on", stop
-        )
         return 128 + stop.signum
     return 0
-
-
-def _search_defaults(arguments: Sequence[str]) -> SearchConfig:
-    """What the flags of a search start from: preset, then file, or the run to resume."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", default=None)
-    parser.add_argument("--config", type=Path, default=None)
-    parser.add_argument("--run-dir", "--run_dir", type=Path, default=None)
-    parser.add_argument("--resume", action="store_true")
-    known, _ = parser.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
-    if known.resume and known.run_dir and not known.preset and not known.config:
-        from pdarts_fast.run.directory import read_config
-
-        saved = read_config(known.run_dir)
-        if saved is not None:
-            source = str(known.run_dir / "config.json")
-            return from_json(saved["config"], preset("cifar10"), source)
-    base = preset(known.preset or "cifar10")
-    return load_config(known.config, base) if known.config else base
 
 
 @dataclass(frozen=True)
@@ -73,7 +52,7 @@ class DeriveCommand:
 
 def derive(arguments: Sequence[str]) -> int:
     """Derive genotypes from an alphas file or a run directory."""
-    command = tyro.cli(DeriveCommand, prog=f"{PROGRAM} derive", args=list(arguments))
+    command = parse(DeriveCommand, "derive", arguments)
     from pdarts_fast.alphas import load_alphas
     from pdarts_fast.genotype import save_genotype
     from pdarts_fast.run.files import disk_errors
@@ -81,7 +60,9 @@ def derive(arguments: Sequence[str]) -> int:
     from pdarts_fast.search_space import derive as derive_genotypes
 
     derivation = derive_genotypes(load_alphas(command.source))
-    allowed = MAX_SKIPS if command.max_skips is None else command.max_skips
+    # The fewest that can be reached where that is more than the usual number.
+    usual = max(MAX_SKIPS, min(derivation.restricted))
+    allowed = usual if command.max_skips is None else command.max_skips
     if allowed not in derivation.restricted:
         reachable = ", ".join(map(str, derivation.restricted))
         raise UsageError(f"--max-skips {allowed} cannot be reached; these can: {reachable}")
@@ -117,7 +98,7 @@ class PlotCommand:
 
 def plot(arguments: Sequence[str]) -> int:
     """Draw the cells of a genotype."""
-    command = tyro.cli(PlotCommand, prog=f"{PROGRAM} plot", args=list(arguments))
+    command = parse(PlotCommand, "plot", arguments)
     from pdarts_fast.genotype import load_genotype
     from pdarts_fast.run.drawing import draw_genotype
     from pdarts_fast.run.files import disk_errors
@@ -135,17 +116,17 @@ class ReportCommand:
     """Write report.html of a run again, also of one that is not finished."""
 
     run_dir: Annotated[Path, tyro.conf.Positional]
-    """Run directory of a search."""
+    """Run directory of a search or a training."""
 
 
 def report(arguments: Sequence[str]) -> int:
     """Write the report of a run directory."""
-    command = tyro.cli(ReportCommand, prog=f"{PROGRAM} report", args=list(arguments))
+    command = parse(ReportCommand, "report", arguments)
     from pdarts_fast.run.files import disk_errors
-    from pdarts_fast.run.report import write_report
+    from pdarts_fast.run.train_report import write_run_report
 
     with disk_errors(command.run_dir):
-        print(write_report(command.run_dir))
+        print(write_run_report(command.run_dir))
     return 0
 
 
@@ -154,26 +135,32 @@ class DoctorCommand:
     """Say what this machine and installation can do, and why not where they cannot."""
 
     data: Path | None = None
-    """Also check the data set in this folder."""
-    dataset: str = "cifar10"
-    """Which data set --data holds."""
+    """Folder of the data set to check."""
+    dataset: DatasetName | None = None
+    """Data set to check (cifar10 if only --data is given, else the bundled digits)."""
     checksum: bool = True
     """Verify the MD5 of CIFAR files."""
 
 
 def doctor(arguments: Sequence[str]) -> int:
     """Check this machine and installation."""
-    command = tyro.cli(DoctorCommand, prog=f"{PROGRAM} doctor", args=list(arguments))
+    command = parse(DoctorCommand, "doctor", arguments)
     from pdarts_fast.doctor import examine
 
-    return examine(command.data, command.dataset, command.checksum)
+    dataset = command.dataset or ("cifar10" if command.data else "digits")
+    return examine(command.data, dataset, command.checksum)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "search": search,
+    "train": cli_train.train,
+    "evaluate": cli_train.evaluate,
+    "export": cli_train.export,
     "derive": derive,
     "plot": plot,
     "report": report,
+    "run": cli_dropin.run,
+    "import-log": cli_dropin.import_log,
     "doctor": doctor,
 }
 
@@ -205,11 +192,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM} {__version__}")
         return 0
     name, *rest = arguments
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_StderrHandler()])
     try:
         if name not in COMMANDS:
             raise UsageError(f"no command {name!r}; there are {', '.join(COMMANDS)}")
         return COMMANDS[name](rest)
-    except (UsageError, RunError) as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # Whoever read the output has enough; nothing may be flushed into it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (RunError, OSError, ValueError) as error:
+        logging.getLogger(__name__).debug("the error came from", exc_info=True)
+        print(f"{PROGRAM}: error: {_one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(text.split()) or type(error).__name__
+
+
+class _StderrHandler(logging.StreamHandler):
+    """Logs to whatever standard error is at the time: a progress bar takes its place."""
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: Any) -> None:
+        """Nothing to keep."""

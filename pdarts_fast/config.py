@@ -3,25 +3,60 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pdarts_fast.errors import UsageError
+from pdarts_fast.settings import (
+    Settings,
+    check_choices,
+    check_device,
+    check_ranges,
+    check_run_flags,
+    flag,
+)
+from pdarts_fast.settings import differing as differing
+from pdarts_fast.settings import to_json as to_json
 
 DatasetName = Literal["digits", "cifar10", "cifar100", "image-folder"]
 BackendName = Literal["auto", "reference", "cpu", "triton"]
 
 
+# Values of a run that do not change its result: --resume may give other ones.
+EXECUTION_FIELDS = frozenset(
+    [
+        "preset",
+        "config",
+        "data",
+        "download",
+        "checksum",
+        "run_dir",
+        "resume",
+        "overwrite",
+        "backend",
+        "device",
+        "threads",
+        "workers",
+        "log_interval",
+        "checkpoint_interval",
+        "tensorboard",
+        "then_train",
+    ]
+)
+
+
 @dataclass(frozen=True)
-class SearchConfig:
+class SearchConfig(Settings):
     """Search a cell by P-DARTS: three stages of growing depth and shrinking op sets.
 
     The defaults are the paper's CIFAR-10 search (arXiv 1904.12760, section 4.2). A flag given on
     the command line wins over --config, which wins over --preset.
     """
+
+    command: ClassVar[str] = "search"
+    execution_fields: ClassVar[frozenset[str]] = EXECUTION_FIELDS
 
     preset: Literal["cifar10", "cifar100", "demo"] = "cifar10"
     """Starting point of all other values; demo is a minutes-long search on bundled images."""
@@ -58,7 +93,7 @@ class SearchConfig:
     threads: int | None = None
     """CPU threads (default: as many as torch chooses)."""
     workers: int = 2
-    """Threads that decode the files of an image-folder."""
+    """Threads that decode the files of an image-folder (0: one a core)."""
 
     cells: tuple[int, ...] = (5, 11, 17)
     """Cells of the supernet in each stage; the number of values is the number of stages."""
@@ -70,6 +105,8 @@ class SearchConfig:
     """Initial dropout probability after identity skips in each stage."""
     skip_dropout_decay: float = 0.2
     """Rate per epoch of the exponential decay of skip dropout once alphas train."""
+    then_train: bool = False
+    """Train the result afterwards, by the train command's preset of the same name."""
     max_skips: int = 2
     """Skip connections allowed in the normal cell of the result (M)."""
 
@@ -123,27 +160,6 @@ class SearchConfig:
         return len(self.cells)
 
 
-# Values of a run that do not change its result: --resume may give other ones.
-EXECUTION_FIELDS = frozenset(
-    [
-        "preset",
-        "config",
-        "data",
-        "download",
-        "checksum",
-        "run_dir",
-        "resume",
-        "overwrite",
-        "backend",
-        "device",
-        "threads",
-        "workers",
-        "log_interval",
-        "checkpoint_interval",
-        "tensorboard",
-    ]
-)
-
 PRESETS: dict[str, dict[str, Any]] = {
     "cifar10": {},
     "cifar100": {"dataset": "cifar100", "skip_dropout": (0.1, 0.2, 0.3)},
@@ -165,11 +181,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 PER_STAGE = ("ops_kept", "channels", "skip_dropout")
 
 
-def flag(field: str) -> str:
-    """The command-line flag of a field: ``max_skips`` -> ``--max-skips``."""
-    return "--" + field.replace("_", "-")
-
-
 def preset(name: str) -> SearchConfig:
     """The configuration of a preset.
 
@@ -181,132 +192,20 @@ def preset(name: str) -> SearchConfig:
     return dataclasses.replace(SearchConfig(), preset=name, **PRESETS[name])  # type: ignore[arg-type]
 
 
-def to_json(config: SearchConfig) -> dict[str, Any]:
-    """All fields as JSON values (paths as text, tuples as lists)."""
-    return {
-        name: str(value)
-        if isinstance(value, Path)
-        else list(value)
-        if type(value) is tuple
-        else value
-        for name, value in dataclasses.asdict(config).items()
-    }
-
-
-def from_json(values: dict[str, Any], base: SearchConfig, source: str) -> SearchConfig:
-    """`base` with the values of a JSON object.
-
-    Args:
-        values: Field names (hyphens or underscores) to values.
-        base: Configuration that supplies everything `values` does not name.
-        source: Where the values come from, for the error message.
-
-    Raises:
-        UsageError: An unknown name, or a value of another type than the field's.
-    """
-    changes: dict[str, Any] = {}
-    for key, value in values.items():
-        name = key.replace("-", "_")
-        if name not in SearchConfig.__dataclass_fields__:
-            raise UsageError(
-                f"{source}: unknown setting {key!r}; pdarts-fast search --help lists them"
-            )
-        changes[name] = _convert(name, value, source)
-    return dataclasses.replace(base, **changes)
-
-
-def _convert(name: str, value: Any, source: str) -> Any:
-    """A JSON value as the field's type; the error names `source` and the field."""
-    default = getattr(SearchConfig(), name)
-    wanted = SearchConfig.__dataclass_fields__[name].type
-    wrong = UsageError(f"{source}: {name} is {value!r}, wanted {wanted}")
-    if isinstance(default, tuple):
-        if not isinstance(value, list):
-            raise wrong
-        kind = type(default[0])
-        if not all(_is_number(v) and (kind is float or isinstance(v, int)) for v in value):
-            raise wrong
-        return tuple(kind(v) for v in value)
-    if "None" in str(wanted) and value is None:
-        return None
-    if "Path" in str(wanted):
-        if not isinstance(value, str):
-            raise wrong
-        return Path(value)
-    if isinstance(default, bool):
-        if not isinstance(value, bool):
-            raise wrong
-        return value
-    if isinstance(default, float):
-        if not _is_number(value):
-            raise wrong
-        return float(value)
-    if isinstance(default, int) or name == "threads":
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise wrong
-        return value
-    if not isinstance(value, str):
-        raise wrong
-    return value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def load_config(path: Path, base: SearchConfig) -> SearchConfig:
-    """`base` with the values of a JSON file, or of the ``config`` entry of a run's config.json.
-
-    Raises:
-        UsageError: The file is missing, not JSON, or has unknown or wrongly typed values.
-    """
-    try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UsageError(f"--config {path}: not a JSON file ({error})") from error
-    if isinstance(values, dict) and isinstance(values.get("config"), dict):
-        values = values["config"]
-    if not isinstance(values, dict):
-        raise UsageError(f"--config {path}: wanted a JSON object of flag values")
-    # These belong to the run that wrote the file, not to its settings.
-    own = {"config", "run_dir", "resume", "overwrite"}
-    values = {k: v for k, v in values.items() if k.replace("-", "_") not in own}
-    return from_json(values, base, f"--config {path}")
-
-
-def differing(saved: dict[str, Any], config: SearchConfig) -> list[str]:
-    """Flags whose value changes the result and differs between a saved run and `config`.
-
-    Args:
-        saved: A configuration as `to_json` gives it.
-
-    Returns:
-        One text a flag, ``--epochs (3, now 5)``.
-    """
-    now = to_json(config)
-    return [
-        f"{flag(name)} ({saved.get(name)}, now {now[name]})"
-        for name in now
-        if name not in EXECUTION_FIELDS and saved.get(name) != now[name]
-    ]
-
-
 def validate(config: SearchConfig) -> SearchConfig:
     """`config` with single per-stage values repeated for all stages, after all checks.
 
     Raises:
         UsageError: A value makes no sense or does not go with another; names the flag.
     """
+    if not config.cells:
+        raise UsageError("--cells is empty: give the number of cells of each stage")
     config = _broadcast(config)
-    _check_choices(config)
-    _check_ranges(config)
+    check_choices(config, _CHOICES)
+    check_device(config.device)
+    check_ranges(config, _RANGES)
     _check_stages(config)
-    if config.resume and config.overwrite:
-        raise UsageError("--resume and --overwrite exclude each other: give one of them")
-    if config.resume and config.run_dir is None:
-        raise UsageError("--resume needs --run-dir DIR, the folder of the search to go on with")
+    check_run_flags(config.run_dir, config.resume, config.overwrite, "search")
     if config.warmup_epochs >= config.epochs:
         raise UsageError(
             f"--warmup-epochs {config.warmup_epochs} leaves no epoch of --epochs {config.epochs} "
@@ -318,6 +217,11 @@ def validate(config: SearchConfig) -> SearchConfig:
         raise UsageError(f"--dataset {config.dataset} needs --data DIR, the folder of its files")
     if config.download and config.dataset not in ("cifar10", "cifar100"):
         raise UsageError(f"--download works for cifar10 and cifar100, not for {config.dataset}")
+    if config.crop_padding >= config.image_size:
+        raise UsageError(
+            f"--crop-padding {config.crop_padding} would crop whole images of --image-size "
+            f"{config.image_size} away"
+        )
     if config.cutout >= config.image_size:
         raise UsageError(
             f"--cutout {config.cutout} would erase whole images of --image-size {config.image_size}"
@@ -345,18 +249,6 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "backend": ("auto", "reference", "cpu", "triton"),
     "lr_schedule": ("paper", "reference"),
 }
-
-
-def _check_choices(config: SearchConfig) -> None:
-    for name, choices in _CHOICES.items():
-        value = getattr(config, name)
-        if value not in choices:
-            raise UsageError(f"{flag(name)}: {value!r} is not one of {', '.join(choices)}")
-    device = config.device
-    if device not in ("auto", "cpu", "cuda") and not (
-        device.startswith("cuda:") and device[5:].isdigit()
-    ):
-        raise UsageError(f"--device: {device!r} is not auto, cpu, cuda or cuda:N")
 
 
 # Field -> (smallest, largest) allowed value; the bounds belong to the range.
@@ -390,21 +282,11 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-def _check_ranges(config: SearchConfig) -> None:
-    for name, (low, high) in _RANGES.items():
-        value = getattr(config, name)
-        for one in value if isinstance(value, tuple) else (value,):
-            if one is not None and not (math.isfinite(one) and low <= one <= high):
-                raise UsageError(f"{flag(name)} {one}: wanted a value from {low:g} to {high:g}")
-
-
 def _check_stages(config: SearchConfig) -> None:
     kept = config.ops_kept
-    if not config.cells:
-        raise UsageError("--cells is empty: give the number of cells of each stage")
     if kept[0] != 8:
         raise UsageError(f"--ops-kept starts with {kept[0]}: the first stage has all 8 ops")
-    if any(b > a for a, b in zip(kept, kept[1:], strict=False)) or kept[-1] < 2:
+    if any(b > a for a, b in pairwise(kept)) or kept[-1] < 2:
         raise UsageError(
             f"--ops-kept {' '.join(map(str, kept))}: values may not grow and the last must be >= 2"
         )

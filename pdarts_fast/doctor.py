@@ -23,12 +23,12 @@ def examine(data: Path | None, dataset: str, checksum: bool) -> int:
     """Print a table of checks.
 
     Args:
-        data: Folder of a data set to check, or None.
+        data: Folder of the data set to check; None for one that needs none.
         dataset: Its name.
         checksum: Whether to verify the MD5 of CIFAR files.
 
     Returns:
-        0, or 1 if something that was asked for does not work.
+        0, or 1 if the data set cannot be used.
     """
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
@@ -47,10 +47,8 @@ def examine(data: Path | None, dataset: str, checksum: bool) -> int:
     for name, found in backends.available().items():
         table.add_row(f"backend {name}", f"{'yes' if found.usable else 'no'}: {found.reason}")
     table.add_row("disk", f"{free_gib(Path('runs')):.1f} GiB free for runs/")
-    failed = False
-    if data is not None:
-        failed, text = _data(data, dataset, checksum)
-        table.add_row(f"data {dataset}", text)
+    failed, text = _data(data, dataset, checksum)
+    table.add_row(f"data {dataset}", text)
     Console(highlight=False).print(table)
     return int(failed)
 
@@ -92,8 +90,9 @@ def _gpu() -> str:
 def _importable(name: str) -> str:
     try:
         module = importlib.import_module(name)
-    except ImportError as error:
-        return f"no: {error}"
+    # A package whose libraries are missing or of another version may raise anything.
+    except Exception as error:
+        return f"no: {' '.join(str(error).split())}"
     return f"yes: {getattr(module, '__version__', 'version unknown')}"
 
 
@@ -102,7 +101,7 @@ def _compiler() -> str:
     return f"yes: {found[0]}" if found else f"no: none of {', '.join(COMPILERS)} on PATH"
 
 
-def _data(folder: Path, name: str, checksum: bool) -> tuple[bool, str]:
+def _data(folder: Path | None, name: str, checksum: bool) -> tuple[bool, str]:
     try:
         found = load_dataset(name, folder, checksum=checksum)
     except (UsageError, RunError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import logging
 import shlex
 import sys
@@ -12,19 +11,20 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from pdarts_fast.config import SearchConfig, flag, preset, to_json, validate
-from pdarts_fast.data import Dataset, load_dataset
-from pdarts_fast.errors import UsageError
+from pdarts_fast.config import SearchConfig, differing, preset, validate
+from pdarts_fast.data import Dataset, load_dataset, split_indices
+from pdarts_fast.errors import RunError
 from pdarts_fast.kernels import backends
-from pdarts_fast.run.directory import RunDirectory, default_run_dir
+from pdarts_fast.run.directory import RunDirectory, default_run_dir, read_config, require_usable
 from pdarts_fast.run.drawing import draw_genotype
-from pdarts_fast.run.environment import git_state, hardware, versions
+from pdarts_fast.run.environment import hardware
 from pdarts_fast.run.files import disk_errors
 from pdarts_fast.run.metrics import require_tensorboard
-from pdarts_fast.run.progress import BarDisplay, Display, LogDisplay, duration
+from pdarts_fast.run.progress import duration
 from pdarts_fast.run.report import write_report
 from pdarts_fast.run.report_data import read_run
-from pdarts_fast.run.signals import StopRequest
+from pdarts_fast.run.setup import command_line, description, make_display, pick_device
+from pdarts_fast.run.signals import Interrupted, StopRequest
 from pdarts_fast.search import Search
 from pdarts_fast.search_space import Derivation
 
@@ -46,8 +46,12 @@ def run_search(config: SearchConfig) -> Path:
         Interrupted: A signal stopped it after writing a checkpoint.
     """
     config = validate(config)
-    device = pick_device(config)
-    backends.check(config.backend)
+    path = config.run_dir or default_run_dir(config.dataset, config.seed)
+    require_usable(path, resume=config.resume, overwrite=config.overwrite)
+    if config.resume:
+        _require_same_settings(config, path)
+    device = pick_device(config.device, config.amp)
+    backends.resolve(config.backend, device)
     if config.tensorboard:
         require_tensorboard()
     if config.threads is not None:
@@ -61,35 +65,30 @@ def run_search(config: SearchConfig) -> Path:
         workers=config.workers,
         skip_broken=config.skip_broken,
     )
-    path = config.run_dir or default_run_dir(config)
+    split_indices(len(dataset.train), config.data_split)
     run = RunDirectory(path, resume=config.resume, overwrite=config.overwrite)
     try:
         with StopRequest() as stop:
             derivation = _search(config, dataset, run, device, stop)
         _write_outputs(path, derivation, config)
+    except Interrupted as signal:
+        resume = shlex.join(["pdarts-fast", "search", "--resume", "--run-dir", str(path)])
+        log.warning("stopped by %s; its checkpoint is there: %s goes on", signal, resume)
+        raise
     finally:
         run.close()
     return path
 
 
-def pick_device(config: SearchConfig) -> torch.device:
-    """The device of --device, with ``auto`` resolved.
-
-    Raises:
-        UsageError: The device is not there, or cannot do what --amp needs.
-    """
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UsageError(f"--device {name}: torch sees no CUDA GPU here; use --device cpu")
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here")
-        if config.amp and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise UsageError(f"--amp needs a GPU with bfloat16; {device} has none: leave it out")
-    return device
+def _require_same_settings(config: SearchConfig, path: Path) -> None:
+    """Refuse to resume a run with other settings, before any work."""
+    saved = read_config(path)
+    others = differing(saved["config"], config) if saved is not None else []
+    if others:
+        raise RunError(
+            f"the search in {path} was made with other settings: {', '.join(others)}; "
+            "leave those flags out to resume, or give another --run-dir"
+        )
 
 
 def _search(
@@ -99,7 +98,7 @@ def _search(
     device: torch.device,
     stop: StopRequest,
 ) -> Derivation:
-    display = _display()
+    display = make_display()
     try:
         search = Search(config, dataset, run, device, display)
         if search.resumed:
@@ -108,52 +107,26 @@ def _search(
         else:
             if config.resume:
                 log.warning("no checkpoint in %s: the search starts from its beginning", run.path)
+            display.message(f"writes into {run.path}")
             run.write_json("config.json", _description(config, dataset, device))
         return search.run(stop)
     finally:
         display.close()
 
 
-def _display() -> Display:
-    console = Console(stderr=True)
-    return BarDisplay(console) if console.is_terminal else LogDisplay()
-
-
 def _description(config: SearchConfig, dataset: Dataset, device: torch.device) -> dict[str, Any]:
     """What config.json holds: the settings and what they were run with."""
-    return {
-        "config": to_json(config),
-        "command": search_command(config),
-        "versions": versions(),
-        "git": git_state(),
-        "hardware": hardware(device, backends.resolve(config.backend, device)),
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "dataset": {
-            "name": config.dataset,
-            "num_classes": dataset.num_classes,
-            "classes": list(dataset.train.classes),
-            "train_images": len(dataset.train),
-            "test_images": len(dataset.test),
-            "image_size": dataset.train.images.shape[-1],
-            "mean": list(dataset.mean),
-            "std": list(dataset.std),
-        },
-    }
+    return description(
+        config,
+        search_command(config),
+        dataset.facts(config.dataset),
+        hardware(device, backends.resolve(config.backend, device)),
+    )
 
 
 def search_command(config: SearchConfig) -> str:
     """The command line that gives `config`: its preset and the flags that differ from it."""
-    base = to_json(preset(config.preset))
-    words = ["pdarts-fast", "search", "--preset", config.preset]
-    for name, value in to_json(config).items():
-        if name in ("config", "resume", "overwrite") or value == base[name]:
-            continue
-        if isinstance(value, bool):
-            words.append(flag(name) if value else "--no-" + flag(name)[2:])
-        else:
-            values = value if isinstance(value, list) else [value]
-            words += [flag(name), *(str(v) for v in values)]
-    return shlex.join(words)
+    return command_line(config, config.preset, preset(config.preset))
 
 
 def train_command(run_dir: Path) -> str:

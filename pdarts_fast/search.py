@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pdarts_fast import search_space
@@ -15,14 +14,13 @@ from pdarts_fast.alphas import save_alphas
 from pdarts_fast.config import SearchConfig
 from pdarts_fast.data import Augmentation, Dataset, Loader, ResidentLoader, split_indices
 from pdarts_fast.errors import RunError
-from pdarts_fast.genotype import save_genotype
 from pdarts_fast.run.directory import RunDirectory
 from pdarts_fast.run.environment import peak_memory_mib
-from pdarts_fast.run.files import disk_errors
 from pdarts_fast.run.metrics import MetricsLog
 from pdarts_fast.run.progress import Display, RemainingTime, Status
 from pdarts_fast.run.signals import Interrupted, StopRequest
 from pdarts_fast.schedule import learning_rate, skip_dropout
+from pdarts_fast.search_result import write_genotypes, write_supernet
 from pdarts_fast.search_space import CELL_TYPES, Derivation
 from pdarts_fast.search_state import (
     Alphas,
@@ -69,7 +67,8 @@ class Search:
         self._weight_indices, self._alpha_indices = split_indices(
             len(dataset.train), config.data_split
         )
-        saved = load_state(config, run)
+        self._facts = dataset.facts(config.dataset)
+        saved = load_state(config, self._facts, run)
         self.resumed = saved is not None
         self.state = saved or SearchState(Position(), search_space.all_switches(), [])
         self.metrics = MetricsLog(
@@ -102,7 +101,7 @@ class Search:
                 self._run_stage()
         finally:
             self.metrics.close()
-        return self._write_result()
+        return write_genotypes(self.run_dir.path, self.state.finished, self.config.max_skips)
 
     def _run_stage(self) -> None:
         config, position = self.config, self.state.position
@@ -181,8 +180,7 @@ class Search:
         config, position = self.config, self.state.position
         trains_alphas = position.epoch >= config.warmup_epochs
         alpha_batches = self._alpha_batches(alphas) if trains_alphas else None
-        epoch_before, stage_before = position.epoch_seconds, position.stage_seconds
-        start = interval_start = time.perf_counter()
+        last = time.perf_counter()
         for images, labels in weights.epoch(position.epoch, position.step):
             if alpha_batches is not None:
                 step.alpha_step(*next(alpha_batches), position.global_step)
@@ -190,12 +188,11 @@ class Search:
             position.step += 1
             position.global_step += 1
             now = time.perf_counter()
-            position.epoch_seconds = epoch_before + now - start
-            position.stage_seconds = stage_before + now - start
+            position.add_seconds(now - last)
+            last = now
             self.display.advance()
             if position.step % config.log_interval == 0 or position.step == self._steps_per_epoch:
-                self._log_interval(step, now - interval_start)
-                interval_start = now
+                self._log_interval(step)
             self._stop_or_save(step)
 
     def _stop_or_save(self, step: SearchStep) -> None:
@@ -206,8 +203,11 @@ class Search:
         due = at_end or (interval > 0 and position.step % interval == 0)
         if due or self._stop.signum is not None:
             self._require_finite(step)
-            save_state(self.state, step, config, self.run_dir, self.device)
+            self._save(step)
         self._raise_if_stopped()
+
+    def _save(self, step: SearchStep | None) -> None:
+        save_state(self.state, step, self.config, self._facts, self.run_dir, self.device)
 
     def _raise_if_stopped(self) -> None:
         if self._stop.signum is not None:
@@ -220,7 +220,7 @@ class Search:
             return
         stage = self.state.position.stage + 1
         raise RunError(
-            f"the loss of step {bad} (stage {stage}) is not a finite number; the last good "
+            f"the loss or gradient of step {bad} (stage {stage}) is not finite; the last good "
             f"checkpoint is in {self.run_dir.path / 'checkpoints'}; try a smaller --lr or "
             "--grad-clip"
         )
@@ -240,9 +240,10 @@ class Search:
             "dropout": skip_dropout(config, position.stage, position.epoch),
         }
 
-    def _log_interval(self, step: SearchStep, seconds: float) -> None:
+    def _log_interval(self, step: SearchStep) -> None:
         self._require_finite(step)
         config, position = self.config, self.state.position
+        seconds, position.interval_seconds = position.interval_seconds, 0.0
         weights, alphas = step.interval_meter.read()
         step.interval_meter.reset()
         speed = (weights.images + alphas.images) / seconds
@@ -335,6 +336,8 @@ class Search:
             self._raise_if_stopped()
         step.network.train()
         result = meter.read()[WEIGHTS]
+        seconds = time.perf_counter() - start
+        self.state.position.stage_seconds += seconds
         self.metrics.write(
             {
                 "kind": "validation",
@@ -342,7 +345,7 @@ class Search:
                 "loss": result.loss,
                 "accuracy": result.accuracy,
                 "images": result.images,
-                "seconds": time.perf_counter() - start,
+                "seconds": seconds,
             }
         )
         self.display.message(
@@ -354,6 +357,7 @@ class Search:
         config, state = self.config, self.state
         position = state.position
         stage = position.stage
+        dropped = config.ops_kept[stage] - (*config.ops_kept, 1)[stage + 1]
         self.metrics.write(
             {
                 "kind": "stage",
@@ -366,46 +370,20 @@ class Search:
                 "epochs": config.epochs,
                 "parameters": sum(p.numel() for p in network.weight_parameters()),
                 "seconds": position.stage_seconds,
+                "dropped": dropped,
             }
         )
         values = _alphas_of(network)
         state.finished.append(values)
-        self._write_supernet(network, stage + 1)
+        write_supernet(self.run_dir.path / f"supernet-stage{stage + 1}.safetensors", network)
         if stage + 1 < config.stages:
-            dropped = config.ops_kept[stage] - config.ops_kept[stage + 1]
             state.switches = search_space.drop_ops(state.switches, values, dropped)
         save_alphas(self.run_dir.path / "alphas.json", state.finished)
         position.stage += 1
         position.epoch = position.step = 0
         position.stage_seconds = 0.0
-        save_state(state, None, config, self.run_dir, self.device)
+        self._save(None)
         self._raise_if_stopped()
-
-    def _write_supernet(self, network: Network, stage: int) -> None:
-        path = self.run_dir.path / f"supernet-stage{stage}.safetensors"
-        tensors = {k: v.contiguous().cpu() for k, v in network.state_dict().items()}
-        partial = path.with_name(f".{path.name}.tmp")
-        with disk_errors(path):
-            save_file(tensors, partial)
-            partial.replace(path)
-
-    def _write_result(self) -> Derivation:
-        derivation = search_space.derive(self.state.finished)
-        allowed = self.config.max_skips
-        if allowed not in derivation.restricted:
-            raise RunError(
-                f"no cell with at most {allowed} skips can be formed from the ops of the last "
-                f"stage: give a larger --max-skips (genotypes so far: {self.run_dir.path})"
-            )
-        with disk_errors(self.run_dir.path / "genotype.json"):
-            save_genotype(
-                self.run_dir.path / "genotype.json",
-                derivation.restricted[allowed],
-                max_skips=allowed,
-                unrestricted=derivation.genotype,
-                restricted=derivation.restricted,
-            )
-        return derivation
 
 
 def _alphas_of(network: Network) -> Alphas:

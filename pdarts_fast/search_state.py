@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from pdarts_fast.config import SearchConfig, differing, to_json
-from pdarts_fast.errors import RunError
+from pdarts_fast.config import SearchConfig
 from pdarts_fast.run.checkpoint import random_state, set_random_state
 from pdarts_fast.run.directory import RunDirectory
+from pdarts_fast.run.resume import load_matching
+from pdarts_fast.settings import to_json
 from pdarts_fast.step import SearchStep
 
 Alphas = dict[str, np.ndarray]
@@ -28,6 +29,7 @@ class Position:
         global_step: Weight steps done in the search.
         epoch_seconds: Time spent on the steps of this epoch.
         stage_seconds: Time spent in this stage.
+        interval_seconds: Time spent since the last interval record.
     """
 
     stage: int = 0
@@ -36,6 +38,13 @@ class Position:
     global_step: int = 0
     epoch_seconds: float = 0.0
     stage_seconds: float = 0.0
+    interval_seconds: float = 0.0
+
+    def add_seconds(self, seconds: float) -> None:
+        """Count time spent on a training step."""
+        self.epoch_seconds += seconds
+        self.stage_seconds += seconds
+        self.interval_seconds += seconds
 
 
 @dataclass
@@ -62,6 +71,7 @@ def save_state(
     state: SearchState,
     step: SearchStep | None,
     config: SearchConfig,
+    facts: dict[str, Any],
     run: RunDirectory,
     device: torch.device,
 ) -> None:
@@ -69,6 +79,7 @@ def save_state(
 
     Args:
         step: The stage in training, or None between two stages.
+        facts: What identifies the data set, as `Dataset.facts` gives it.
 
     Raises:
         RunError: The disk refuses.
@@ -76,6 +87,7 @@ def save_state(
     run.checkpoints.save(
         {
             "settings": to_json(config),
+            "dataset": facts,
             "position": asdict(state.position),
             "switches": {kind: table.tolist() for kind, table in state.switches.items()},
             "finished": [{k: torch.from_numpy(v) for k, v in a.items()} for a in state.finished],
@@ -86,26 +98,23 @@ def save_state(
     )
 
 
-def load_state(config: SearchConfig, run: RunDirectory) -> SearchState | None:
+def load_state(
+    config: SearchConfig, facts: dict[str, Any], run: RunDirectory
+) -> SearchState | None:
     """Read the newest whole checkpoint and cut the growing files back to its moment.
+
+    Args:
+        facts: What identifies the data set, as `Dataset.facts` gives it.
 
     Returns:
         The state, or None if there is no checkpoint: the search starts from the beginning.
 
     Raises:
-        RunError: The checkpoint was made with other settings; names the flags.
+        RunError: The checkpoint was made with other settings (names the flags) or other images.
     """
-    saved = run.checkpoints.load()
+    saved = load_matching(config, facts, run)
     if saved is None:
-        run.truncate({})
         return None
-    others = differing(saved["settings"], config)
-    if others:
-        raise RunError(
-            f"the checkpoint in {run.path} was made with other settings: {', '.join(others)}; "
-            "leave those flags out to resume, or give another --run-dir"
-        )
-    run.truncate(saved["files"])
     return SearchState(
         position=Position(**saved["position"]),
         switches={kind: np.array(table) for kind, table in saved["switches"].items()},

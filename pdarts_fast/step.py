@@ -67,8 +67,8 @@ class SearchStep:
     is used by the other, so this is exact.
 
     Attributes:
-        first_bad_step: int64 scalar on the device; global step of the first loss that was not
-            finite, -1 while there is none.
+        first_bad_step: int64 scalar on the device; global step of the first loss or gradient norm
+            that was not finite, -1 while there is none.
 
     Source:
         arXiv 1904.12760, section 3.1 (first-order approximation of DARTS).
@@ -147,19 +147,21 @@ class SearchStep:
         optimizer.zero_grad(set_to_none=True)
         loss, logits = self.forward(images, labels)
         loss.backward()
-        nn.utils.clip_grad_norm_(trained, self.grad_clip)
+        norm = nn.utils.clip_grad_norm_(trained, self.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         for meter in (self.epoch_meter, self.interval_meter):
             meter.add(row, loss, logits, labels)
-        bad = ~torch.isfinite(loss.detach()) & (self.first_bad_step < 0)
+        # A norm that is not finite ruins the parameters although the loss still was a number.
+        finite = torch.isfinite(loss.detach()) & torch.isfinite(norm)
+        bad = ~finite & (self.first_bad_step < 0)
         self.first_bad_step.masked_fill_(bad, step)
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy (float32 scalar) and logits [B, classes] of a batch."""
+        """Mean cross-entropy (scalar) and logits [B, classes] of a batch, at least float32."""
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
             logits = self.network(images)
-        logits = logits.float()
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return self.criterion(logits, labels), logits
 
 

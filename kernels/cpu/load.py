@@ -37,7 +37,7 @@ def status() -> str:
 
 
 @lru_cache(maxsize=1)
-def _register() -> None:
+def register() -> None:
     """Makes the primitives known to ``kernels.cell`` under the name ``cpu``.
 
     Raises:
@@ -56,5 +56,5 @@ def run_cell(cell: nn.Module, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor
     """What ``Cell.forward`` returns; see ``kernels.cell.run``."""
     from .. import cell as cells
 
-    _register()
+    register()
     return cells.run("cpu", cell, s0, s1, weights)

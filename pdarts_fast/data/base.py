@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,6 +92,19 @@ class Dataset:
     @property
     def num_classes(self) -> int:
         return len(self.train.classes)
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """What a run's config.json says of its data, under the name given with ``--dataset``."""
+        return {
+            "name": name,
+            "num_classes": self.num_classes,
+            "classes": list(self.train.classes),
+            "train_images": len(self.train),
+            "test_images": len(self.test),
+            "image_size": self.train.images.shape[-1],
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
 
 
 def split_indices(num_images: int, fraction: float = 0.5) -> tuple[np.ndarray, np.ndarray]:

@@ -33,7 +33,7 @@ _TASK = 32
 
 
 @dataclass(frozen=True)
-class _Listing:
+class Listing:
     """Image files with their labels, in the order they will be stored in."""
 
     where: Path
@@ -67,7 +67,7 @@ def load_image_folder(folder: Path, *, image_size: int, workers: int, skip_broke
     """
     if not folder.is_dir():
         raise UsageError(f"--data {folder}: no such folder")
-    classes, listings = _list_images(folder)
+    classes, listings = list_images(folder)
     require_memory(str(folder), sum(len(part.files) for part in listings), image_size)
     train, test = (
         _decode_all(part, classes, image_size, workers, skip_broken) for part in listings
@@ -87,7 +87,7 @@ def _subfolders(folder: Path) -> list[Path]:
     )
 
 
-def _list_images(folder: Path) -> tuple[tuple[str, ...], tuple[_Listing, _Listing]]:
+def list_images(folder: Path) -> tuple[tuple[str, ...], tuple[Listing, Listing]]:
     """Finds classes and files: ``(classes, (train, test))``."""
     train_folder = folder / "train"
     if not (train_folder.is_dir() and _subfolders(train_folder)):
@@ -98,7 +98,7 @@ def _list_images(folder: Path) -> tuple[tuple[str, ...], tuple[_Listing, _Listin
         if not len(parts[1]):
             raise RunError(f"{folder}: every class has a single image: none is left for testing")
         train, test = (
-            _Listing(folder, [whole.files[row] for row in part], whole.labels[part])
+            Listing(folder, [whole.files[row] for row in part], whole.labels[part])
             for part in parts
         )
         return classes, (train, test)
@@ -128,7 +128,7 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     return names
 
 
-def _list_classes(folder: Path, classes: Sequence[str], *, may_lack: bool = False) -> _Listing:
+def _list_classes(folder: Path, classes: Sequence[str], *, may_lack: bool = False) -> Listing:
     """Lists the image files below each class folder, in the order of their paths' hash."""
     files: list[Path] = []
     labels: list[int] = []
@@ -149,11 +149,11 @@ def _list_classes(folder: Path, classes: Sequence[str], *, may_lack: bool = Fals
         files += found
         labels += [label] * len(found)
     order = hash_order([path.relative_to(folder).as_posix() for path in files])
-    return _Listing(folder, [files[row] for row in order], np.array(labels, dtype=np.int64)[order])
+    return Listing(folder, [files[row] for row in order], np.array(labels, dtype=np.int64)[order])
 
 
 def _decode_all(
-    listing: _Listing, classes: tuple[str, ...], image_size: int, workers: int, skip_broken: bool
+    listing: Listing, classes: tuple[str, ...], image_size: int, workers: int, skip_broken: bool
 ) -> ImageData:
     """Decodes every file in a pool of threads (PIL releases the interpreter lock)."""
     count = len(listing.files)
@@ -196,7 +196,7 @@ def _decode(path: Path, image_size: int) -> np.ndarray:
         # JPEG only: decodes at 1/2, 1/4 or 1/8 of the size while that still leaves twice the
         # pixels needed, which the resize below then averages.
         image.draft("RGB", (2 * image_size, 2 * image_size))
-        upright = _to_rgb(ImageOps.exif_transpose(image))
+        upright = to_rgb(ImageOps.exif_transpose(image))
     width, height = upright.size
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
@@ -210,7 +210,7 @@ def _decode(path: Path, image_size: int) -> np.ndarray:
     return np.asarray(square)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Converts to 8-bit RGB; 16-bit grey keeps its upper 8 bits, where PIL would saturate."""
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)

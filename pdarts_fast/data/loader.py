@@ -184,7 +184,7 @@ class ResidentLoader:
         augmentation = self._augmentation or Augmentation(crop_padding=0, flip=False)
 
         def generator(purpose: str) -> np.random.Generator:
-            return _generator(*self._key, epoch, purpose)
+            return keyed_generator(*self._key, epoch, purpose)
 
         def below(limit: int, purpose: str, wanted: bool = True) -> np.ndarray:
             if not wanted or limit == 1:
@@ -238,7 +238,7 @@ def _cut_holes(batch: torch.Tensor, plan: _Plan, side: int) -> None:
     batch.masked_fill_((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0)
 
 
-def _generator(*parts: int | str) -> np.random.Generator:
+def keyed_generator(*parts: int | str) -> np.random.Generator:
     """A generator keyed by a digest of ``parts``: stable between processes and platforms."""
     digest = blake2b(json.dumps(parts).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pdarts_fast.errors import RunError
 from pdarts_fast.run.files import disk_errors, write_atomically, write_json
 
 log = logging.getLogger(__name__)
@@ -32,15 +33,16 @@ class CheckpointFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._unusable: set[int] = set()
 
     def save(self, state: dict[str, Any]) -> Path:
-        """Write a state as the next checkpoint and remove all but the last two.
+        """Write a state as the next checkpoint and remove all but the last two usable ones.
 
         Args:
             state: Tensors, numbers, texts, lists and dicts of such.
 
         Raises:
-            RunError: The disk refuses.
+            RunError: The disk refuses; the checkpoints before this one stay.
         """
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -48,12 +50,13 @@ class CheckpointFolder:
         number = numbers[-1] + 1 if numbers else 1
         buffer = io.BytesIO()
         torch.save({"format": FORMAT, **state}, buffer)
-        content = buffer.getvalue()
+        content = buffer.getbuffer()
         path = self._path(number)
         write_atomically(path, content)
         digest = hashlib.sha256(content).hexdigest()
         write_json(path.with_suffix(".json"), {"sha256": digest, "bytes": len(content)})
-        for old in [*numbers, number][:-KEPT]:
+        usable = [n for n in (*numbers, number) if n not in self._unusable]
+        for old in sorted({*numbers} - {*usable[-KEPT:]}):
             self._remove(old)
         return path
 
@@ -61,39 +64,37 @@ class CheckpointFolder:
         """The newest checkpoint that is whole, on the CPU; None if there is none.
 
         A damaged one is reported through the log and the one before it is taken.
+
+        Raises:
+            RunError: The checkpoint belongs to another version, or the disk refuses.
         """
+        self._remove_partial_files()
         for number in reversed(self._numbers()):
             path = self._path(number)
             problem = self._damage(path)
             if problem is None:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-                if state.get("format") == FORMAT:
-                    return state
-                problem = f"has format {state.get('format')}, this version reads {FORMAT}"
+                return _read(path)
             log.warning("checkpoint %s %s: it is ignored", path, problem)
+            self._unusable.add(number)
         return None
-
-    def clear(self) -> None:
-        """Remove all checkpoints."""
-        with disk_errors(self.folder):
-            for path in self.folder.glob("*") if self.folder.is_dir() else ():
-                path.unlink()
 
     def _damage(self, path: Path) -> str | None:
         """What is wrong with a checkpoint's bytes, or None."""
-        try:
-            expected = json.loads(path.with_suffix(".json").read_text())["sha256"]
-        except FileNotFoundError:
-            return "was not written to its end"
-        except (ValueError, KeyError, TypeError):
-            return "has a damaged .json file"
-        with open(path, "rb") as file:
-            found = (
-                hashlib.file_digest(file, "sha256")
-                if hasattr(hashlib, "file_digest")
-                else (hashlib.sha256(file.read()))
-            )
-        return None if found.hexdigest() == expected else "is damaged (its SHA-256 differs)"
+        with disk_errors(path):
+            try:
+                expected = json.loads(path.with_suffix(".json").read_text())["sha256"]
+            except FileNotFoundError:
+                return "was not written to its end"
+            except (ValueError, KeyError, TypeError):
+                return "has a damaged .json file"
+            found = hashlib.sha256(path.read_bytes()).hexdigest()
+        return None if found == expected else "is damaged (its SHA-256 differs)"
+
+    def _remove_partial_files(self) -> None:
+        """Remove what a killed process was writing."""
+        with disk_errors(self.folder):
+            for path in self.folder.glob(".checkpoint-*.tmp"):
+                path.unlink()
 
     def _numbers(self) -> list[int]:
         if not self.folder.is_dir():
@@ -110,6 +111,19 @@ class CheckpointFolder:
             # The .json first: without it the .pt no longer counts.
             path.with_suffix(".json").unlink(missing_ok=True)
             path.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A verified checkpoint file."""
+    with disk_errors(path):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    if state.get("format") != FORMAT:
+        raise RunError(
+            f"checkpoint {path} has format {state.get('format')}, this version reads {FORMAT}: "
+            "resume with the version that wrote it (config.json names it), or give another "
+            "--run-dir"
+        )
+    return state
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -7,19 +7,22 @@ import fcntl
 import json
 import os
 import shutil
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pdarts_fast.config import SearchConfig
 from pdarts_fast.errors import RunError, UsageError
 from pdarts_fast.run.checkpoint import CheckpointFolder
 from pdarts_fast.run.files import JsonLines, disk_errors, write_json
 
+METRICS = "metrics.jsonl"
+ALPHAS = "alphas.jsonl"
 # Everything a run writes: what --overwrite removes.
 RUN_FILES = [
     "config.json",
-    "metrics.jsonl",
-    "alphas.jsonl",
+    METRICS,
+    ALPHAS,
     "alphas.json",
     "genotype.json",
     "report.html",
@@ -27,15 +30,22 @@ RUN_FILES = [
     "cell-normal.png",
     "cell-reduce.svg",
     "cell-reduce.png",
+    "weights-best.safetensors",
+    "weights-last.safetensors",
 ]
 RUN_FOLDERS = ("checkpoints", "tensorboard")
 SUPERNETS = "supernet-stage*.safetensors"
 
 
-def default_run_dir(config: SearchConfig) -> Path:
-    """``runs/<dataset>-<seed>-<time>``, the time in UTC."""
+# A forked process (one that decodes images) would hold the lock on after this one was killed.
+_LOCKS: weakref.WeakSet[Any] = weakref.WeakSet()
+os.register_at_fork(after_in_child=lambda: [file.close() for file in _LOCKS])
+
+
+def default_run_dir(name: str, seed: int) -> Path:
+    """``runs/<name>-<seed>-<time>``, the time in UTC."""
     now = datetime.datetime.now(datetime.timezone.utc)
-    return Path("runs") / f"{config.dataset}-{config.seed}-{now:%Y%m%dT%H%M%S}"
+    return Path("runs") / f"{name}-{seed}-{now:%Y%m%dT%H%M%S}"
 
 
 class RunDirectory:
@@ -45,6 +55,7 @@ class RunDirectory:
         path: Folder; made with its parents if it is not there.
         resume: Go on with what it holds.
         overwrite: Remove what an earlier run wrote there, and nothing else.
+        logs: Files of JSON lines that the run writes.
 
     Raises:
         UsageError: The folder holds a run and neither `resume` nor `overwrite` is given, or it is
@@ -52,24 +63,33 @@ class RunDirectory:
         RunError: It cannot be written, or another process is writing a run into it.
     """
 
-    def __init__(self, path: Path, *, resume: bool = False, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        logs: Sequence[str] = (METRICS, ALPHAS),
+    ) -> None:
         self.path = path
-        if path.exists() and not path.is_dir():
-            raise UsageError(f"--run-dir {path} is a file: give a folder")
-        occupied = path.is_dir() and any(p.name != ".lock" for p in path.iterdir())
-        if occupied and not (resume or overwrite):
-            raise UsageError(
-                f"--run-dir {path} exists and is not empty: --resume goes on with the search in "
-                "it, --overwrite replaces it"
-            )
+        require_usable(path, resume=resume, overwrite=overwrite)
         with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
             self._lock = self._acquire()
-        if occupied and overwrite:
+        if overwrite:
             self._remove_run()
         self.checkpoints = CheckpointFolder(path / "checkpoints")
-        self.metrics = JsonLines(path / "metrics.jsonl")
-        self.alphas = JsonLines(path / "alphas.jsonl")
+        self._logs = {name: JsonLines(path / name) for name in logs}
+
+    @property
+    def metrics(self) -> JsonLines:
+        """The open metrics.jsonl."""
+        return self._logs[METRICS]
+
+    @property
+    def alphas(self) -> JsonLines:
+        """The open alphas.jsonl of a search."""
+        return self._logs[ALPHAS]
 
     def _acquire(self) -> Any:
         file = open(self.path / ".lock", "w")  # noqa: SIM115 (held until close)
@@ -78,19 +98,21 @@ class RunDirectory:
         except BlockingIOError:
             file.close()
             raise RunError(
-                f"another process is writing into {self.path}: wait for it or give another --run-dir"
+                f"another process is writing into {self.path}: wait for it, or give another "
+                "--run-dir"
             ) from None
+        _LOCKS.add(file)
         return file
 
     def _remove_run(self) -> None:
+        # The checkpoints first: if this is cut short, nothing is left that --resume would take.
         with disk_errors(self.path):
-            for name in RUN_FILES:
-                (self.path / name).unlink(missing_ok=True)
-            for supernet in self.path.glob(SUPERNETS):
-                supernet.unlink()
             for name in RUN_FOLDERS:
                 if (self.path / name).is_dir():
                     shutil.rmtree(self.path / name)
+            for pattern in (*RUN_FILES, SUPERNETS):
+                for file in (*self.path.glob(pattern), *self.path.glob(f".{pattern}.tmp")):
+                    file.unlink()
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file of the run, atomically."""
@@ -98,18 +120,33 @@ class RunDirectory:
 
     def file_lengths(self) -> dict[str, int]:
         """Lengths in bytes of the growing files, after forcing them to the disk."""
-        return {file.path.name: file.sync() for file in (self.metrics, self.alphas)}
+        return {name: file.sync() for name, file in self._logs.items()}
 
     def truncate(self, lengths: dict[str, int]) -> None:
         """Cut the growing files back to the lengths of a checkpoint ({}: to nothing)."""
-        for file in (self.metrics, self.alphas):
-            file.truncate(lengths.get(file.path.name, 0))
+        for name, file in self._logs.items():
+            file.truncate(lengths.get(name, 0))
 
     def close(self) -> None:
         """Close all files and release the lock."""
-        self.metrics.close()
-        self.alphas.close()
+        for file in self._logs.values():
+            file.close()
         self._lock.close()
+
+
+def require_usable(path: Path, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Raise `UsageError` if a run may not write into a folder; arguments as in `RunDirectory`."""
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"--run-dir {path} is a file: give a folder")
+    if resume or overwrite or not path.is_dir():
+        return
+    with disk_errors(path):
+        occupied = any(file.name != ".lock" for file in path.iterdir())
+    if occupied:
+        raise UsageError(
+            f"--run-dir {path} exists and is not empty: --resume goes on with the run in it, "
+            "--overwrite replaces it"
+        )
 
 
 def read_config(path: Path) -> dict[str, Any] | None:
@@ -121,7 +158,7 @@ def read_config(path: Path) -> dict[str, Any] | None:
     file = path / "config.json"
     try:
         value = json.loads(file.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise RunError(

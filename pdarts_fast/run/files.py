@@ -20,16 +20,18 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         advice = {
-            errno.ENOSPC: "free some space, then run again with --resume",
-            errno.EDQUOT: "free some of your quota, then run again with --resume",
-            errno.EROFS: "choose a writable --run-dir",
-            errno.EACCES: "choose a writable --run-dir",
-            errno.EPERM: "choose a writable --run-dir",
-        }.get(error.errno or 0, "check the disk, then run again with --resume")
+            errno.ENOSPC: "free some space and run again (a run goes on with --resume)",
+            errno.EDQUOT: "free some of your quota and run again (a run goes on with --resume)",
+            errno.EROFS: "choose a folder that can be written to",
+            errno.EACCES: "choose a folder that can be written to",
+            errno.EPERM: "choose a folder that can be written to",
+            errno.ENOTDIR: "choose a folder that can be written to",
+            errno.EEXIST: "choose a folder that can be written to",
+        }.get(error.errno or 0, "check the disk and run again (a run goes on with --resume)")
         raise RunError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write a file so that a reader, or a kill at any moment, sees the old or the new one.
 
     Raises:

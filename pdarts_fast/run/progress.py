@@ -20,14 +20,14 @@ class Status:
     """The figures of one report.
 
     Attributes:
-        stage: 1-based stage, of `stages`.
+        stage: 1-based stage, of `stages` (1 for work without stages).
         epoch: 1-based epoch in the stage, of `epochs`.
         step: Steps done in the epoch, of `steps`.
         loss: Mean training loss since the last report.
         accuracy: Training accuracy since the last report, 0 to 1.
-        images_per_second: Images of both halves trained on per second.
+        images_per_second: Images (of both halves in a search) trained on per second.
         stage_eta: Seconds left in the stage.
-        search_eta: Seconds left in the search.
+        search_eta: Seconds left in the search or training.
     """
 
     stage: int
@@ -72,16 +72,7 @@ class LogDisplay:
         """Nothing: lines come with figures."""
 
     def report(self, status: Status) -> None:
-        log.info(
-            "stage %d/%d epoch %d/%d step %d/%d  %s",
-            status.stage,
-            status.stages,
-            status.epoch,
-            status.epochs,
-            status.step,
-            status.steps,
-            _figures(status),
-        )
+        log.info("%s step %d/%d  %s", _place(status), status.step, status.steps, _figures(status))
 
     def message(self, text: str) -> None:
         log.info(text)
@@ -105,11 +96,11 @@ class BarDisplay:
         self._progress.start()
 
     def start_stage(self, stage: int, text: str, steps: int, done: int) -> None:
-        self._progress.console.print(text, highlight=False)
+        self._progress.console.print(text, highlight=False, markup=False)
         if self._task is not None:
             self._progress.update(self._task, visible=False)
         self._task = self._progress.add_task(
-            f"stage {stage}", total=steps, completed=done, figures=""
+            text.partition(":")[0], total=steps, completed=done, figures=""
         )
 
     def advance(self) -> None:
@@ -118,33 +109,34 @@ class BarDisplay:
 
     def report(self, status: Status) -> None:
         if self._task is not None:
-            self._progress.update(
-                self._task,
-                description=(
-                    f"stage {status.stage}/{status.stages} epoch {status.epoch}/{status.epochs}"
-                ),
-                figures=_figures(status),
-            )
+            self._progress.update(self._task, description=_place(status), figures=_figures(status))
 
     def message(self, text: str) -> None:
-        self._progress.console.print(text, highlight=False)
+        self._progress.console.print(text, highlight=False, markup=False)
 
     def close(self) -> None:
         self._progress.stop()
 
 
+def _place(status: Status) -> str:
+    stage = f"stage {status.stage}/{status.stages} " if status.stages > 1 else ""
+    return f"{stage}epoch {status.epoch}/{status.epochs}"
+
+
 def _figures(status: Status) -> str:
+    left = duration(status.search_eta)
+    if status.stages > 1:
+        left = f"stage {duration(status.stage_eta)}  search {left}"
     return (
         f"loss {status.loss:.3f}  acc {100 * status.accuracy:.1f}%  "
-        f"{status.images_per_second:.0f} img/s  "
-        f"stage {duration(status.stage_eta)}  search {duration(status.search_eta)} left"
+        f"{status.images_per_second:.0f} img/s  {left} left"
     )
 
 
 def duration(seconds: float) -> str:
     """``75`` -> ``1:15``, ``3700`` -> ``1:01:40``."""
     text = str(datetime.timedelta(seconds=round(seconds)))
-    return text[2:] if text.startswith("0:") else text
+    return text.removeprefix("0:").removeprefix("0") if text.startswith("0:") else text
 
 
 class RemainingTime:

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from html import escape
 from importlib import resources
@@ -39,30 +40,63 @@ def write_report(run_dir: Path | str, *, train_command: str | None = None) -> Pa
 
 def render_report(data: RunData, *, train_command: str | None = None) -> str:
     """Returns the report of a run as HTML; arguments as in `write_report`."""
+    main = [
+        _result(data, train_command),
+        _restricted(data),
+        _alphas(data),
+        section("curves", "Training curves", _curves(data)),
+        section("time", "Time per stage", _time(data)),
+        section("configuration", "Configuration", configuration(data)),
+    ]
+    return page(
+        data,
+        title=f"Search on {sections.dataset_name(data)}",
+        finished=data.genotype is not None,
+        notice=_notice(data),
+        tiles=sections.tiles(data),
+        links=_links(data),
+        main="\n".join(main),
+    )
+
+
+def page(
+    data: RunData,
+    *,
+    title: str,
+    finished: bool,
+    notice: str,
+    tiles: str,
+    links: Iterable[tuple[str, str]],
+    main: str,
+) -> str:
+    """Returns a whole page that needs nothing else.
+
+    Args:
+        data: the run.
+        title: heading (plain text).
+        finished: whether the run has ended.
+        notice: HTML above the tiles.
+        tiles: HTML of the headline.
+        links: (id of a section, text) of the navigation.
+        main: HTML of the sections.
+    """
     script = _template("report.js")
-    name = sections.dataset_name(data)
     style = Template(_template("report.css")).substitute(
         light=css_variables("light"), dark=css_variables("dark")
     )
-    finished = data.genotype is not None
     return Template(_template("report.html")).substitute(
         script_hash=_hash(script),
         style=style,
         script=script,
-        title=escape(f"Search on {name}"),
+        title=escape(title),
         run=escape(str(data.path.resolve().name)),
         created=escape(_created(data)),
         status="finished" if finished else "unfinished",
         status_text="Finished" if finished else "Unfinished",
-        notice=_notice(data),
-        tiles=sections.tiles(data),
-        navigation=_navigation(data),
-        result=_result(data, train_command),
-        restricted=_restricted(data),
-        alphas=_alphas(data),
-        curves=_section("curves", "Training curves", _curves(data)),
-        time=_section("time", "Time per stage", _time(data)),
-        configuration=_section("configuration", "Configuration", _configuration(data)),
+        notice=notice,
+        tiles=tiles,
+        navigation="".join(f'<a href="#{target}">{text}</a>' for target, text in links),
+        main=main,
     )
 
 
@@ -86,7 +120,7 @@ def _notice(data: RunData) -> str:
     return "".join(f'<p class="notice" role="status">{escape(note)}</p>' for note in notes)
 
 
-def _navigation(data: RunData) -> str:
+def _links(data: RunData) -> list[tuple[str, str]]:
     links = [
         ("result", "Result", data.genotype is not None),
         ("skips", "Skips", bool(data.restricted)),
@@ -95,7 +129,7 @@ def _navigation(data: RunData) -> str:
         ("time", "Time", True),
         ("configuration", "Configuration", True),
     ]
-    return "".join(f'<a href="#{target}">{text}</a>' for target, text, there in links if there)
+    return [(target, text) for target, text, there in links if there]
 
 
 def _result(data: RunData, train_command: str | None) -> str:
@@ -105,7 +139,7 @@ def _result(data: RunData, train_command: str | None) -> str:
     if train_command is not None:
         body += sections.copy_block("Train this cell", train_command, "train-command", wrap=True)
     body += f'<div class="pair">{sections.genotype_blocks(data.genotype)}</div>'
-    return _section("result", "Result", body)
+    return section("result", "Result", body)
 
 
 def _restricted(data: RunData) -> str:
@@ -116,7 +150,7 @@ def _restricted(data: RunData) -> str:
         "from the row above are marked; the reduction cell is the same in every row."
     )
     body = f'<p class="lead">{note}</p><div class="card">{sections.restricted_table(data)}</div>'
-    return _section("skips", "Skip restriction", body)
+    return section("skips", "Skip restriction", body)
 
 
 def _alphas(data: RunData) -> str:
@@ -133,7 +167,7 @@ def _alphas(data: RunData) -> str:
         for kind, name in CELL_NAMES.items()
     )
     body = f'<p class="lead">{note}{used}</p>{alpha_legend(data)}{grids}'
-    return _section("alphas", "Operations on each edge", body)
+    return section("alphas", "Operations on each edge", body)
 
 
 def _curves(data: RunData) -> str:
@@ -147,7 +181,8 @@ def _time(data: RunData) -> str:
     return sections.stage_bar(data) + f'<div class="card">{sections.stage_table(data)}</div>'
 
 
-def _configuration(data: RunData) -> str:
+def configuration(data: RunData) -> str:
+    """Returns the command and the tables of everything that a run was made with."""
     command = data.info.get("command")
     block = ""
     if command:
@@ -155,7 +190,8 @@ def _configuration(data: RunData) -> str:
     return f'{block}<div class="tables">{sections.configuration(data)}</div>'
 
 
-def _section(name: str, title: str, body: str) -> str:
+def section(name: str, title: str, body: str) -> str:
+    """Returns a section of a page, under a heading (plain text) and an id."""
     return (
         f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{title}</h2>'
         f"{body}</section>"

@@ -26,11 +26,11 @@ def curve_figures(data: RunData) -> str:
     epochs, validations = data.epochs, data.validations
 
     def of(records: Sequence[Record], key: str) -> list[list[tuple[float, float | None]]]:
-        return _segments(data, records, lambda record: record.get(key))
+        return segments(data, records, lambda record: record.get(key))
 
     train, alpha, valid = "var(--series-1)", "var(--series-2)", "var(--series-3)"
     figures = [
-        _figure(
+        figure(
             "Loss", "cross-entropy in nats",
             [
                 Series("weight half", train, of(epochs, "train_loss")),
@@ -39,7 +39,7 @@ def curve_figures(data: RunData) -> str:
             ],
             frame,
         ),
-        _figure(
+        figure(
             "Accuracy", "share of images classified correctly",
             [
                 Series("weight half", train, of(epochs, "train_accuracy")),
@@ -48,7 +48,7 @@ def curve_figures(data: RunData) -> str:
             ],
             replace(frame, y_format=percent),
         ),
-        _figure(
+        figure(
             "Alpha entropy", "mean over the edges, in nats",
             [
                 Series("normal cell", train, of(epochs, "entropy_normal")),
@@ -56,17 +56,17 @@ def curve_figures(data: RunData) -> str:
             ],
             frame,
         ),
-        _figure(
+        figure(
             "Learning rate", "of the weights",
             [Series("learning rate", train, of(epochs, "lr"))],
             frame,
         ),
-        _figure(
+        figure(
             "Skip dropout", "probability after identity skips",
             [Series("skip dropout", train, of(epochs, "dropout"))],
             frame,
         ),
-        _figure(
+        figure(
             "Throughput", "training images per second",
             [Series("images per second", train, of(epochs, "images_per_second"))],
             frame,
@@ -116,8 +116,8 @@ def alpha_figures(data: RunData, kind: str) -> str:
 
 
 def _share_series(data: RunData, shares: Sequence[Record], edge: int, op: str) -> Series:
-    segments = _segments(data, shares, lambda line: line["edges"][edge].get(op))
-    return Series(op_label(op), f"var({op_variable(op)})", segments, op_style(op).dash, key=op)
+    runs = segments(data, shares, lambda line: line["edges"][edge].get(op))
+    return Series(op_label(op), f"var({op_variable(op)})", runs, op_style(op).dash, key=op)
 
 
 def alpha_legend(data: RunData) -> str:
@@ -155,7 +155,7 @@ def _frame(data: RunData) -> Frame:
     return Frame(x_range=(1, last), dividers=dividers)
 
 
-def _segments(
+def segments(
     data: RunData, records: Sequence[Record], value: Callable[[Record], float | None]
 ) -> list[list[tuple[float, float | None]]]:
     """Returns (epoch from 1 over all stages, value), a run for each stage: stages start afresh."""
@@ -166,7 +166,8 @@ def _segments(
     return list(runs.values())
 
 
-def _figure(title: str, note: str, series: list[Series], frame: Frame) -> str:
+def figure(title: str, note: str, series: list[Series], frame: Frame) -> str:
+    """Returns a chart with its title, note and legend; empty if no series has a value."""
     shown = [one for one in series if any(y is not None for run in one.segments for _, y in run)]
     if not shown:
         return ""

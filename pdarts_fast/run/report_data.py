@@ -95,23 +95,23 @@ def read_run(run_dir: Path) -> RunData:
         raise UsageError(f"{run_dir}: no such run directory")
     if not (run_dir / "config.json").is_file():
         raise UsageError(f"{run_dir}: no config.json in it; wanted the folder of a search")
-    data = RunData(run_dir, _read_json(run_dir / "config.json"))
-    metrics, cut_metrics = _read_lines(run_dir / "metrics.jsonl", ("kind", "stage"))
-    alphas, cut_alphas = _read_lines(
+    data = RunData(run_dir, read_json(run_dir / "config.json"))
+    metrics, cut_metrics = read_lines(run_dir / "metrics.jsonl", ("kind", "stage"))
+    alphas, cut_alphas = read_lines(
         run_dir / "alphas.jsonl", ("stage", "epoch", "ops", "normal", "reduce")
     )
     data.incomplete_lines = cut_metrics + cut_alphas
-    data.epochs = _in_order(metrics, "epoch")
-    data.validations = _in_order(metrics, "validation")
+    data.epochs = in_order(metrics, "epoch")
+    data.validations = in_order(metrics, "validation")
     data.stages = {record["stage"]: record for record in metrics if record["kind"] == "stage"}
-    data.alphas = _in_order([record | {"kind": "alphas"} for record in alphas], "alphas")
+    data.alphas = in_order([record | {"kind": "alphas"} for record in alphas], "alphas")
     if (run_dir / "genotype.json").is_file():
         _read_result(data, run_dir / "genotype.json")
     return data
 
 
 def _read_result(data: RunData, path: Path) -> None:
-    content = _read_json(path)
+    content = read_json(path)
     data.genotype = check_genotype(content.get("genotype"), f"{path}: genotype")
     data.max_skips = content.get("max_skips")
     restricted = content.get("restricted") or {}
@@ -121,7 +121,8 @@ def _read_result(data: RunData, path: Path) -> None:
     }
 
 
-def _read_json(path: Path) -> Record:
+def read_json(path: Path) -> Record:
+    """Returns the object in a JSON file; raises `RunError` if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -133,7 +134,7 @@ def _read_json(path: Path) -> Record:
     return content
 
 
-def _read_lines(path: Path, wanted: tuple[str, ...]) -> tuple[list[Record], int]:
+def read_lines(path: Path, wanted: tuple[str, ...]) -> tuple[list[Record], int]:
     """Returns a file's JSON objects and the number (0 or 1) of lines cut off at its end."""
     if not path.is_file():
         return [], 0
@@ -153,6 +154,7 @@ def _read_lines(path: Path, wanted: tuple[str, ...]) -> tuple[list[Record], int]
     return records, 0
 
 
-def _in_order(records: list[Record], kind: str) -> list[Record]:
+def in_order(records: list[Record], kind: str) -> list[Record]:
+    """Returns the records of a kind by stage and epoch; of repeated ones, the last."""
     last = {(r["stage"], r.get("epoch", 0)): r for r in records if r["kind"] == kind}
     return [last[key] for key in sorted(last)]

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from pdarts_fast.config import flag
 from pdarts_fast.genotype import Genotype, count_skips, genotype_to_json
 from pdarts_fast.run.charts import stacked_bar
 from pdarts_fast.run.drawing import cell_svg_inline
 from pdarts_fast.run.palette import op_label, op_variable
 from pdarts_fast.run.report_charts import CELL_NAMES, state_name
 from pdarts_fast.run.report_data import Record, RunData
+from pdarts_fast.settings import flag
 
 _MOST_CLASSES = 20
 _STAGE_COLOURS = ("var(--series-1)", "var(--series-2)", "var(--series-3)", "var(--muted)")
@@ -42,27 +42,35 @@ def progress(data: RunData) -> str:
 
 def tiles(data: RunData) -> str:
     """Returns the headline: data set, result, validation accuracy, time, backend, hardware."""
-    return "".join(
-        f'<div class="tile"><dt>{name}</dt>'
-        f"<dd>{escape(value)}<small>{escape(note)}</small></dd></div>"
-        for name, value, note in (
-            ("Data set", *_dataset_tile(data)),
+    return tile_list(
+        [
+            ("Data set", *dataset_tile(data)),
             ("Result", *_result_tile(data)),
             ("Validation accuracy", *_accuracy_tile(data)),
             ("Wall time", *_time_tile(data)),
             ("Backend", *_backend_tile(data)),
-            ("Hardware", *_hardware_tile(data)),
-        )
+            ("Hardware", *hardware_tile(data)),
+        ]
+    )
+
+
+def tile_list(entries: Iterable[tuple[str, str, str]]) -> str:
+    """Returns headline tiles from (name, value, note)."""
+    return "".join(
+        f'<div class="tile"><dt>{escape(name)}</dt>'
+        f"<dd>{escape(value)}<small>{escape(note)}</small></dd></div>"
+        for name, value, note in entries
     )
 
 
 def dataset_name(data: RunData) -> str:
-    """Returns the name of the data set searched on."""
+    """Returns the name of the data set of a run."""
     name = str(data.section("dataset").get("name") or data.config.get("dataset") or "unknown")
     return {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}.get(name, name)
 
 
-def _dataset_tile(data: RunData) -> tuple[str, str]:
+def dataset_tile(data: RunData) -> tuple[str, str]:
+    """Returns value and note of the data set's tile."""
     dataset = data.section("dataset")
     parts = []
     if isinstance(dataset.get("num_classes"), int):
@@ -105,7 +113,8 @@ def _backend_tile(data: RunData) -> tuple[str, str]:
     return name, precision
 
 
-def _hardware_tile(data: RunData) -> tuple[str, str]:
+def hardware_tile(data: RunData) -> tuple[str, str]:
+    """Returns value and note of the machine's tile."""
     hardware = data.section("hardware")
     cpu = str(hardware.get("cpu") or "unknown processor")
     details = []

@@ -9,7 +9,7 @@ from torchvision import transforms
 from torchvision.transforms import functional as tv
 
 from pdarts_fast.data import Augmentation, ImageData, Loader, ResidentLoader
-from pdarts_fast.data.loader import _generator
+from pdarts_fast.data.loader import keyed_generator
 
 # No pixel value is exactly a mean: zeros after normalisation come from cutout alone.
 MEAN, STD = (0.501, 0.402, 0.303), (0.25, 0.2, 0.3)
@@ -300,7 +300,7 @@ def test_order_is_uniform():
 
 def test_draws_are_pinned():
     # Also what a seed from Python's per-process hash() could never satisfy.
-    draws = _generator(3, "weights", 0, "order").integers(1000, size=4)
+    draws = keyed_generator(3, "weights", 0, "order").integers(1000, size=4)
     assert draws.tolist() == [932, 259, 965, 87]
 
 

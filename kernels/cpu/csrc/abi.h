@@ -23,7 +23,8 @@ struct Branch {
   int64_t kind, kernel, dilation, stride, padding;
   int64_t stream;                // dropout stream of a skip, -1 for none
   const float* depthwise;        // [C, kernel, kernel]
-  const float* pointwise;        // [C, Cx]; [C, 2 Cx] for kFactorized
+  const float* pointwise;        // [C, Cx]; rows below real_channels / 2 of a
+                                 // kFactorized read even pixels, the others odd ones
   void* y;                       // [M, C] storage: output before BatchNorm
   const void* input;             // [M, C] storage: what the second half of a separable reads
   int64_t input_stride;
@@ -35,7 +36,7 @@ struct Branch {
   void* grad_input;              // [M, C] storage, written
   double* sums;                  // [2, C], written
   float* grad_depthwise;         // [C, kernel, kernel], written; null if nobody asks
-  float* grad_pointwise;         // [C, Cx] or [C, 2 Cx], written; null if nobody asks
+  float* grad_pointwise;         // like pointwise, written; null if nobody asks
 };
 
 struct Task {

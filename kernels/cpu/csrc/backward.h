@@ -35,7 +35,7 @@ PDARTS_INLINE int64_t backward_bytes(const Task& t) {
     const Branch& b = t.branches[i];
     if (!has_weights(b)) continue;
     const int64_t taps = tap_count(b) * t.channels, weights = product_depth(t, b) * t.channels;
-    bytes += 2 * Scratch::bytes_for<float>(taps) + Scratch::bytes_for<float>(weights);
+    bytes += 2 * Scratch::bytes_for<float>(taps) + 2 * Scratch::bytes_for<float>(weights);
     bytes += Scratch::bytes_for<float>(t.groups * taps);
     bytes += Scratch::bytes_for<float>(t.groups * weights);
   }
@@ -57,7 +57,13 @@ PDARTS_INLINE BackwardBranch* prepare_backward(const Task& t, Scratch& scratch) 
     if (!has_weights(b)) continue;
     const int64_t taps = tap_count(b), depth = product_depth(t, b), channels = t.channels;
     all[i].pointwise = scratch.take<float>(channels * depth);
-    pack_panels(b.pointwise, depth, 1, channels, depth, all[i].pointwise);
+    const float* dense = b.pointwise;
+    if (b.kind != kConv) {
+      float* expanded = scratch.take<float>(channels * depth);
+      expand_weights(t, b, expanded);
+      dense = expanded;
+    }
+    pack_panels(dense, depth, 1, channels, depth, all[i].pointwise);
     if (b.grad_pointwise) all[i].grad_pointwise = zeros(scratch, t.groups * channels * depth);
     if (b.kind != kConv) continue;
     all[i].depthwise = scratch.take<float>(channels * taps);
@@ -77,7 +83,10 @@ PDARTS_INLINE void finish_backward(const Task& t, const BackwardBranch* all) {
     const int64_t taps = tap_count(b);
     if (all[i].grad_pointwise)
       sum_groups(all[i].grad_pointwise, t.groups, t.channels * product_depth(t, b),
-                 [&](int64_t j, float v) { b.grad_pointwise[j] = v; });
+                 [&](int64_t j, float v) {
+                   const int64_t to = b.kind == kConv ? j : weight_index(t, b, j);
+                   if (to >= 0) b.grad_pointwise[to] = v;
+                 });
     if (all[i].grad_depthwise)
       sum_groups(all[i].grad_depthwise, t.groups, t.channels * taps, [&](int64_t j, float v) {
         const int64_t c = j / (taps * V) * V + j % V;
@@ -96,6 +105,8 @@ PDARTS_INLINE void output_gradient(const Task& t, const Branch& b, int64_t first
   const T* y = static_cast<const T*>(b.y) + first * channels;
   for (int64_t p = 0; p < pixels; ++p)
     for (int64_t c = 0; c < channels; c += V) {
+      prefetch(g + p * b.grad_stride + c + kAhead);
+      prefetch(y + p * channels + c + kAhead);
       Vec v = load(b.coef + c) * load(g + p * b.grad_stride + c) +
               load(b.coef + channels + c) * load(y + p * channels + c) +
               load(b.coef + 2 * channels + c);
@@ -111,24 +122,14 @@ PDARTS_INLINE void output_gradient(const Task& t, const Branch& b, int64_t first
 template <class T>
 PDARTS_INLINE void pointwise_backward(const Task& t, const Branch& b, const BackwardBranch& packed,
                                       int64_t group, int64_t n, int64_t begin, int64_t end,
-                                      const Plane& src, const Plane& grad, float* dy, float* a) {
+                                      const Plane& src, const Plane& grad, const int32_t* places,
+                                      float* dy, float* a) {
   const int64_t channels = t.channels, width = t.out_width, pixels = (end - begin) * width;
   output_gradient<T>(t, b, (n * t.out_height + begin) * width, pixels, false, dy);
-  int64_t row = begin, column = 0, last = 0;
+  const int32_t* place = places + begin * width;
   product(dy, channels, pixels, channels, packed.pointwise, channels,
           [&](int64_t p, int64_t block, Vec v) {
-            // Pixels come in order within a panel: follow the row instead of dividing.
-            if (p < last) {
-              row = begin;
-              column = last = 0;
-            }
-            column += p - last;
-            last = p;
-            while (column >= width) {
-              column -= width;
-              ++row;
-            }
-            store(grad.at(block, row, column), v);
+            store(grad.data + block * grad.plane + place[p], v);
           });
   if (!packed.grad_pointwise) return;
   with_kernel(b, [&](auto k, auto d, auto s) {

@@ -107,28 +107,46 @@ PDARTS_INLINE void depthwise_scatter(const Plane& grad, const float* w, int64_t 
         }
 }
 
-// Rows kFirst .. kFirst + kRows - 1 of the kernel, over rows [begin, end) of the output.
-template <int K, int D, int S, int kFirst, int kRows>
+// acc[kh][kw] += sum over kPixels neighbours in a row of grad * shifted src. One load of src feeds
+// up to K sums: with a load for every multiply-add the loads would be the limit.
+template <int K, int D, int S, int kRows, int kPixels>
+PDARTS_INLINE void weight_block(const float* g, const float* x, int64_t stride, Vec acc[][K]) {
+  Vec gi[kPixels];
+  PDARTS_UNROLL
+  for (int i = 0; i < kPixels; ++i) gi[i] = load(g + i * V);
+  PDARTS_UNROLL
+  for (int kh = 0; kh < kRows; ++kh) {
+    PDARTS_UNROLL
+    for (int i = 0; i < (kPixels - 1) * S + (K - 1) * D + 1; ++i) {
+      const Vec v = load(x + kh * D * stride + i * V);
+      PDARTS_UNROLL
+      for (int kw = 0; kw < K; ++kw) {
+        const int o = i - kw * D;
+        if (o >= 0 && o % S == 0 && o / S < kPixels) acc[kh][kw] += gi[o / S] * v;
+      }
+    }
+  }
+}
+
+// Rows kFirst .. kFirst + kRows - 1 of the kernel, over rows [begin, end) of the output:
+// out[K * K][V] = sums.
+template <int K, int D, int S, int kFirst, int kRows, int kPixels>
 PDARTS_INLINE void weight_taps(const Plane& grad, const Plane& src, int64_t padding, int64_t block,
                                int64_t begin, int64_t end, float* out) {
   Vec acc[kRows][K];
   PDARTS_UNROLL
   for (int kh = 0; kh < kRows; ++kh) {
     PDARTS_UNROLL
-    for (int kw = 0; kw < K; ++kw) acc[kh][kw] = load(out + ((kFirst + kh) * K + kw) * V);
+    for (int kw = 0; kw < K; ++kw) acc[kh][kw] = Vec{};
   }
   for (int64_t row = begin; row < end; ++row) {
     const float* g = grad.at(block, row, 0);
     const float* x = src.at(block, row * S + kFirst * D - padding, -padding);
-    for (int64_t i = 0; i < grad.width; ++i) {
-      const Vec gi = load(g + i * V);
-      PDARTS_UNROLL
-      for (int kh = 0; kh < kRows; ++kh) {
-        PDARTS_UNROLL
-        for (int kw = 0; kw < K; ++kw)
-          acc[kh][kw] += gi * load(x + kh * D * src.stride + (i * S + kw * D) * V);
-      }
-    }
+    int64_t i = 0;
+    for (; i + kPixels <= grad.width; i += kPixels)
+      weight_block<K, D, S, kRows, kPixels>(g + i * V, x + i * S * V, src.stride, acc);
+    for (; i < grad.width; ++i)
+      weight_block<K, D, S, kRows, 1>(g + i * V, x + i * S * V, src.stride, acc);
   }
   PDARTS_UNROLL
   for (int kh = 0; kh < kRows; ++kh) {
@@ -145,11 +163,15 @@ PDARTS_INLINE void depthwise_weights(const Plane& grad, const Plane& src, int64_
   for (int64_t block = 0; block < blocks; ++block)
     for (int64_t begin = 0; begin < grad.height; begin += rows) {
       const int64_t end = min_of(grad.height, begin + rows);
-      float part[K * K * V];
-      std::memset(part, 0, sizeof part);
-      weight_taps<K, D, S, 0, 3>(grad, src, padding, block, begin, end, part);
-      if constexpr (K == 5)
-        weight_taps<K, D, S, 3, 2>(grad, src, padding, block, begin, end, part);
+      alignas(64) float part[K * K * V];
+      // Sums, gradients and one input in 16 registers: 9 + 4 + 1, 10 + 4 + 1 and 5 + 8 + 1.
+      if constexpr (K == 3) {
+        weight_taps<K, D, S, 0, 3, 4>(grad, src, padding, block, begin, end, part);
+      } else {
+        weight_taps<K, D, S, 0, 2, 4>(grad, src, padding, block, begin, end, part);
+        weight_taps<K, D, S, 2, 2, 4>(grad, src, padding, block, begin, end, part);
+        weight_taps<K, D, S, 4, 1, 8>(grad, src, padding, block, begin, end, part);
+      }
       float* total = out + block * K * K * V;
       for (int t = 0; t < K * K; ++t)
         store(total + t * V, load(total + t * V) + load(part + t * V));

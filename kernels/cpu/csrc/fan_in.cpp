@@ -25,6 +25,7 @@ struct Work {
   float* dy;      // a chunk
   float* a;       // a chunk
   float* factors;
+  int32_t* places;  // of every output pixel in a channel block of grad
 };
 
 struct Sizes {
@@ -57,6 +58,7 @@ Work make_work(const Task& t, const Sizes& s, Scratch& local) {
   const int64_t all[] = {s.x, s.x, s.grad, s.raw, s.pooled, s.dy, s.a, s.factors};
   int64_t bytes = 0;
   for (const int64_t count : all) bytes += Scratch::bytes_for<float>(count);
+  bytes += Scratch::bytes_for<int32_t>(t.out_height * t.out_width);
   local.reset(bytes);
   Work w{};
   const int64_t blocks = t.channels / V;
@@ -65,6 +67,8 @@ Work make_work(const Task& t, const Sizes& s, Scratch& local) {
     w.dx = Plane::make(local, t.in_height, t.in_width, s.padding, blocks);
     w.grad = Plane::make(local, t.out_height, t.out_width, s.padding, blocks);
   }
+  w.places = local.take<int32_t>(t.out_height * t.out_width);
+  if (s.conv) pixel_places(w.grad, w.places);
   w.raw = local.take<float>(s.raw);
   w.pooled = local.take<float>(s.pooled);
   w.dy = local.take<float>(s.dy);
@@ -80,7 +84,7 @@ void conv_backward(const Task& t, const Branch& b, const BackwardBranch& packed,
   const int64_t rows = rows_per_chunk(t), blocks = t.channels / V;
   for (int64_t begin = 0; begin < t.out_height; begin += rows)
     pointwise_backward<T>(t, b, packed, group, n, begin, min_of(t.out_height, begin + rows), w.x,
-                          w.grad, w.dy, w.a);
+                          w.grad, w.places, w.dy, w.a);
   with_kernel(b, [&](auto k, auto d, auto s) {
     if constexpr (s.value == 1)
       depthwise_rows<k.value, d.value, 1>(
@@ -136,7 +140,9 @@ void pools_backward(const Task& t, int64_t kind, int64_t n, const T* image, cons
     output_gradient<T>(t, b, n * pixels, pixels, first != nullptr, w.pooled);
     first = &b;
   }
-  if (first) pool_backward(t, *first, image, w.pooled, w.raw);
+  if (!first) return;
+  const T* y = static_cast<const T*>(first->y) + n * pixels * t.channels;
+  pool_backward(t, *first, image, y, w.pooled, w.raw);
 }
 
 // Adds scale * dropout(grad) of a skip to w.raw.

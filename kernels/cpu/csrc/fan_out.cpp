@@ -39,8 +39,13 @@ void prepare(const Task& t, Packed* packed, Scratch& scratch) {
     if (!has_product(b)) continue;
     const int64_t depth = depth_of(t, b);
     p.pointwise = scratch.take<float>(depth * t.channels);
+    if (b.kind != kConv) {
+      float* dense = scratch.take<float>(depth * t.channels);
+      expand_weights(t, b, dense);
+      pack_panels(dense, 1, depth, depth, t.channels, p.pointwise);
+      continue;
+    }
     pack_panels(b.pointwise, 1, depth, depth, t.channels, p.pointwise);
-    if (b.kind != kConv) continue;
     const int64_t taps = b.kernel * b.kernel;
     p.depthwise = scratch.take<float>(t.channels * taps);
     pack_depthwise(b.depthwise, t.channels, taps, false, p.depthwise);
@@ -51,7 +56,7 @@ int64_t shared_bytes(const Task& t) {
   int64_t bytes = Scratch::bytes_for<Packed>(t.num_branches);
   for (int64_t i = 0; i < t.num_branches; ++i)
     bytes += Scratch::bytes_for<double>(t.groups * 2 * t.channels) +
-             Scratch::bytes_for<float>(depth_of(t, t.branches[i]) * t.channels) +
+             2 * Scratch::bytes_for<float>(depth_of(t, t.branches[i]) * t.channels) +
              Scratch::bytes_for<float>(t.channels * 25);
   return bytes;
 }
@@ -66,7 +71,7 @@ int64_t max_padding(const Task& t) {
 }
 
 int64_t max_depth(const Task& t) {
-  int64_t depth = 0;
+  int64_t depth = t.channels;
   for (int64_t i = 0; i < t.num_branches; ++i)
     if (has_product(t.branches[i]) && depth_of(t, t.branches[i]) > depth)
       depth = depth_of(t, t.branches[i]);
@@ -81,7 +86,7 @@ void branch_rows(const Task& t, const Branch& b, const Packed& packed, const Pla
   T* out = y + begin * width * channels;
   const int64_t pixels = (end - begin) * width;
   if (!has_product(b)) {
-    pool_rows(t, b, image, begin, end, y);
+    pool_rows(t, b, image, begin, end, a, y);
   } else {
     const int64_t depth = depth_of(t, b);
     if (b.kind == kConv) {

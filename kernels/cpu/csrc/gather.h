@@ -18,6 +18,24 @@ PDARTS_INLINE int64_t gather_depth(const Task& t, const Branch& b) {
   return b.kind == kFactorized ? 2 * t.in_channels : t.in_channels;
 }
 
+// The weights of a kPointwise or kFactorized branch as one matrix [C, depth]: a factorized reduce
+// has zeros where a row does not read a phase.
+PDARTS_INLINE void expand_weights(const Task& t, const Branch& b, float* dense) {
+  const int64_t cx = t.in_channels, depth = gather_depth(t, b), split = t.real_channels / 2;
+  for (int64_t row = 0; row < t.channels; ++row)
+    for (int64_t k = 0; k < depth; ++k) {
+      const bool reads = depth == cx || (k >= cx) == (row >= split);
+      dense[row * depth + k] = reads ? b.pointwise[row * cx + k % cx] : 0.0f;
+    }
+}
+
+// Element j of the dense matrix's gradient back to where the weight lies; -1 for a zero.
+PDARTS_INLINE int64_t weight_index(const Task& t, const Branch& b, int64_t j) {
+  if (b.kind != kFactorized) return j;
+  const int64_t cx = t.in_channels, row = j / (2 * cx), k = j % (2 * cx);
+  return (k >= cx) == (row >= t.real_channels / 2) ? row * cx + k % cx : -1;
+}
+
 // a [rows * out_width, depth] = relu(x) of output rows [begin, end) of an image.
 template <class T>
 PDARTS_INLINE void gather(const Task& t, const Branch& b, const T* image, int64_t begin,

@@ -48,8 +48,8 @@ void input_gradient(const Task& t, const Branch& b, const BackwardBranch& packed
 
 template <class T>
 void image_backward(const Task& t, const Branch& b, const BackwardBranch& packed, int64_t group,
-                    int64_t n, const Plane& v, const Plane& grad, float* dy, float* a,
-                    double* total) {
+                    int64_t n, const Plane& v, const Plane& grad, const int32_t* places,
+                    float* dy, float* a, double* total) {
   const int64_t pixels = t.out_height * t.out_width, rows = rows_per_chunk(t);
   const T* in = static_cast<const T*>(b.input) + n * pixels * b.input_stride;
   fill(v, t.channels / V, [&](int64_t p, int64_t block) {
@@ -58,7 +58,7 @@ void image_backward(const Task& t, const Branch& b, const BackwardBranch& packed
   });
   for (int64_t begin = 0; begin < t.out_height; begin += rows)
     pointwise_backward<T>(t, b, packed, group, n, begin, min_of(t.out_height, begin + rows), v,
-                          grad, dy, a);
+                          grad, places, dy, a);
   for (int64_t begin = 0; begin < t.out_height; begin += rows)
     input_gradient<T>(t, b, packed, n, begin, min_of(t.out_height, begin + rows), v, grad, total);
   weights_backward(t, b, packed, group, v, grad);
@@ -78,9 +78,12 @@ void run(const Task& t) {
   {
     Scratch& local = local_scratch;
     local.reset(2 * Scratch::bytes_for<float>(plane_floats) +
-                2 * Scratch::bytes_for<float>(chunk_floats));
+                2 * Scratch::bytes_for<float>(chunk_floats) +
+                Scratch::bytes_for<int32_t>(t.out_height * t.out_width));
     const Plane v = Plane::make(local, t.out_height, t.out_width, padding, blocks);
     const Plane grad = Plane::make(local, t.out_height, t.out_width, padding, blocks);
+    int32_t* places = local.take<int32_t>(t.out_height * t.out_width);
+    pixel_places(grad, places);
     float* dy = local.take<float>(chunk_floats);
     float* a = local.take<float>(chunk_floats);
 #pragma omp for schedule(dynamic, 1)
@@ -88,7 +91,7 @@ void run(const Task& t) {
       const Range range = group_range(t, group);
       for (int64_t n = range.begin; n < range.end; ++n)
         for (int64_t i = 0; i < t.num_branches; ++i)
-          image_backward<T>(t, t.branches[i], packed[i], group, n, v, grad, dy, a,
+          image_backward<T>(t, t.branches[i], packed[i], group, n, v, grad, places, dy, a,
                             partial + group * columns + i * 2 * channels);
     }
   }

@@ -74,6 +74,13 @@ struct Plane {
   }
 };
 
+// Offsets of every pixel of the image within a channel block, row-major.
+PDARTS_INLINE void pixel_places(const Plane& plane, int32_t* places) {
+  for (int64_t row = 0; row < plane.height; ++row)
+    for (int64_t column = 0; column < plane.width; ++column)
+      *places++ = static_cast<int32_t>(plane.at(0, row, column) - plane.data);
+}
+
 // Images of a group: what one thread works on at a time. The number of groups follows from the
 // batch alone, never from the threads, so sums are the same at every number of threads.
 struct Range {

@@ -4,6 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 #include "abi.h"
 
 #define PDARTS_UNROLL _Pragma("GCC unroll 64")
@@ -44,10 +48,30 @@ PDARTS_INLINE void store(BFloat* p, Vec v) {
 // x - 0 is x for every x, so this is a plain broadcast.
 PDARTS_INLINE Vec broadcast(float s) { return s - Vec{}; }
 
+// a > b ? a : b, so b where either is NaN.
+PDARTS_INLINE Vec maximum(Vec a, Vec b) {
+#if defined(__AVX512F__) && PDARTS_WIDTH == 16
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX__) && PDARTS_WIDTH == 8
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
 // NaN passes through, as in torch.
-PDARTS_INLINE Vec relu(Vec v) { return Vec{} > v ? Vec{} : v; }
+PDARTS_INLINE Vec relu(Vec v) { return maximum(Vec{}, v); }
 
 PDARTS_INLINE Vec masked(Vec value, Vec by) { return by > Vec{} ? value : Vec{}; }
+
+// Elements that arrays streamed from memory are asked for ahead of their use: a run of pixels of
+// one array is too short for the hardware to notice the stream.
+constexpr int64_t kAhead = 1024;
+
+template <class T>
+PDARTS_INLINE void prefetch(const T* p) {
+  __builtin_prefetch(p);
+}
 
 }  // namespace PDARTS_VARIANT
 }  // namespace pdarts

@@ -1,0 +1,262 @@
+"""Notices changes to a cell that its recipe does not know about.
+
+What was recognised once holds only as long as modules, their settings, their mode and their hooks
+stay as they were. A look at each takes about a microsecond a module, before every call.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+# What torch keeps in every module.
+_OF_TORCH = frozenset(vars(nn.Module()))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_READ_HOOKS = itemgetter(*_HOOKS)
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+_OF_REPLICAS = ("_is_replica", "_former_parameters")
+_PLAIN = (int, float, bool, str, bytes, type(None))
+_CODE = (type, types.FunctionType, types.BuiltinFunctionType)
+_MUTABLE = (list, dict, np.ndarray)
+_RATE = "the rate of the dropouts"
+
+
+class _Opaque(Exception):
+    """A value is an object of which nobody knows what it does."""
+
+
+def _freeze(value: Any) -> Any:
+    """Data in a form that can be compared and hashed.
+
+    Raises:
+        _Opaque: It is not data.
+    """
+    if isinstance(value, _PLAIN) or isinstance(value, _CODE):
+        return value
+    if isinstance(value, (list, tuple)):
+        return (type(value), *map(_freeze, value))
+    if isinstance(value, (range, torch.dtype, torch.device)):
+        return value
+    if isinstance(value, dict):
+        return (dict, *((_freeze(k), _freeze(v)) for k, v in value.items()))
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return (np.ndarray, value.shape, value.dtype.str, value.tobytes())
+    raise _Opaque(type(value).__name__)
+
+
+def holds_only_data(module: nn.Module) -> bool:
+    """Whether all that a module holds beside what torch keeps in it is plain data."""
+    try:
+        for name, value in vars(module).items():
+            if name not in _OF_TORCH:
+                _freeze(value)
+    except _Opaque:
+        return False
+    return True
+
+
+def _attributes(module: nn.Module, ignored: Iterable[str], rate: float | None) -> dict[str, Any]:
+    """What a module holds beside parameters, buffers and children, frozen; objects as they are.
+
+    A number that repeats the rate of the skip dropouts counts as that, since scripts push the
+    rate down through attributes of cells and mixed operations.
+    """
+    found: dict[str, Any] = {}
+    replica = module.__dict__.get("_former_parameters", ())
+    for name, value in vars(module).items():
+        if name in _OF_TORCH or name in ignored or name in replica or name in _OF_REPLICAS:
+            continue
+        if rate and isinstance(value, float) and value == rate:
+            found[name] = _RATE
+            continue
+        try:
+            found[name] = _freeze(value)
+        except _Opaque:
+            found[name] = value
+    return found
+
+
+def parameters_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
+    """A module's own parameters; those of a replica of ``DataParallel`` are plain attributes."""
+    if "_is_replica" in module.__dict__:
+        return module.__dict__["_former_parameters"]
+    return module._parameters  # type: ignore[return-value]
+
+
+def _rate_of(dropouts: Iterable[nn.Dropout]) -> float | None:
+    """The rate of all skip dropouts of a cell, if they have one."""
+    rates = {dropout.p for dropout in dropouts}
+    return rates.pop() if len(rates) == 1 else None
+
+
+@dataclass
+class _Watched:
+    """One module as it was: identities, and data that can change without being assigned.
+
+    Attributes:
+        read: Gets attributes from a module's ``__dict__``, as a tuple; None for none.
+        values: What it got.
+        data: (name, frozen) of what is compared by value.
+        size: Number of attributes.
+    """
+
+    module: nn.Module
+    cls: type
+    forward: Callable[..., Any]
+    children: list[Any]
+    shapes: list[Any]
+    read: Callable[[dict[str, Any]], Any] | None
+    values: Any
+    data: list[tuple[str, Any]]
+    size: int
+
+
+def _shapes(module: nn.Module) -> list[Any]:
+    return [p.shape for p in parameters_of(module).values() if p is not None]
+
+
+class Watch:
+    """The state in which a cell was recognised.
+
+    Args:
+        cell: The cell.
+        own_class: The cell's own class.
+        ignored: Attributes of the cell that are ours.
+        custom: Modules that are called as they are: they may change as they like.
+        dropouts: Skip dropouts, whose rate is read at every call.
+    """
+
+    def __init__(
+        self,
+        cell: nn.Module,
+        own_class: type,
+        ignored: tuple[str, ...],
+        custom: set[nn.Module],
+        dropouts: list[nn.Dropout],
+    ) -> None:
+        left_alone = {child for module in custom for child in module.modules()}
+        self._cell, self._ignored, self._dropouts = cell, ignored, dropouts
+        modules = [module for module in cell.modules() if module not in left_alone]
+        self._entries = [self._entry(m, own_class if m is cell else type(m)) for m in modules]
+        self._norms = [module for module in modules if isinstance(module, nn.BatchNorm2d)]
+
+    def _entry(self, module: nn.Module, cls: type) -> _Watched:
+        state = vars(module)
+        found = _attributes(module, self._ignored, _rate_of(self._dropouts))
+        # Torch's own layers are not expected to have their lists and dicts written to.
+        open_to_change = not cls.__module__.startswith("torch.")
+        data = [
+            (name, frozen)
+            for name, frozen in found.items()
+            if frozen is _RATE or (open_to_change and isinstance(state[name], _MUTABLE))
+        ]
+        others = [name for name in found if name not in dict(data)]
+        read = itemgetter(*others) if others else None
+        return _Watched(
+            module,
+            cls,
+            cls.forward,  # type: ignore[attr-defined]
+            list(module._modules.values()),
+            _shapes(module),
+            read,
+            read(state) if read else None,
+            data,
+            len(state),
+        )
+
+    def hook(self) -> str | None:
+        """Which module has a hook that a fused cell would not call."""
+        for name in _GLOBAL_HOOKS:
+            if getattr(torch_module, name, None):
+                return "hooks on all modules are registered"
+        for entry in self._entries:
+            if any(_READ_HOOKS(entry.module.__dict__)) and entry.module is not self._cell:
+                return f"a hook is registered on a {entry.cls.__name__} in it"
+        return None
+
+    def mode(self) -> str | None:
+        """Whether a BatchNorm is in another mode (training, evaluation) than the cell."""
+        training = self._cell.training
+        for norm in self._norms:
+            if norm.training is not training:
+                return "a BatchNorm in it is not in the mode of the cell"
+        return None
+
+    def changed(self) -> str | None:
+        """What is no longer as it was recognised."""
+        for entry in self._entries:
+            module, cls = entry.module, entry.cls
+            state = module.__dict__
+            children = state["_modules"]
+            if (children or entry.children) and list(children.values()) != entry.children:
+                return f"children of a {cls.__name__} were replaced"
+            if type(module) is not cls and module is not self._cell:
+                return f"a {cls.__name__} became a {type(module).__name__}"
+            if cls.forward is not entry.forward:  # type: ignore[attr-defined]
+                return f"forward of {cls.__name__} was replaced"
+            if len(state) != entry.size or not self._as_read(entry, state):
+                return f"attributes of a {cls.__name__} changed"
+            if entry.shapes and _shapes(module) != entry.shapes:
+                return f"parameters of a {cls.__name__} changed their shape"
+            if entry.data and self._data_changed(entry):
+                return f"attributes of a {cls.__name__} changed"
+        return None
+
+    def _as_read(self, entry: _Watched, state: dict[str, Any]) -> bool:
+        if entry.read is None:
+            return True
+        try:
+            return bool(entry.read(state) == entry.values)
+        except (KeyError, ValueError, RuntimeError):
+            # A name is gone, or an array cannot be compared.
+            return False
+
+    def _data_changed(self, entry: _Watched) -> bool:
+        rate = _rate_of(self._dropouts)
+        state = vars(entry.module)
+        for name, frozen in entry.data:
+            value = state.get(name)
+            if frozen is _RATE:
+                if value != rate:
+                    return True
+            elif not _is(value, frozen):
+                return True
+        return False
+
+
+def _is(value: Any, frozen: Any) -> bool:
+    """Whether a value is data equal to what another was when it was frozen."""
+    try:
+        return bool(_freeze(value) == frozen)
+    except _Opaque:
+        return False
+
+
+def signature(
+    cell: nn.Module, own_class: type, ignored: tuple[str, ...], dropouts: list[nn.Dropout]
+) -> tuple[Any, ...] | None:
+    """Equal for cells that compute the same from their parameters; None if that cannot be told."""
+    parts: list[Any] = []
+    rate = _rate_of(dropouts)
+    for path, module in cell.named_modules(remove_duplicate=False):
+        cls = own_class if module is cell else type(module)
+        try:
+            attributes = tuple(
+                (name, _freeze(value))
+                for name, value in _attributes(module, ignored, rate).items()
+            )
+            hash(attributes)
+        except (_Opaque, TypeError):
+            return None
+        buffers = tuple([None if b is None else b.shape for b in module._buffers.values()])
+        forward = cls.forward  # type: ignore[attr-defined]
+        parts.append((path, cls, forward, attributes, tuple(_shapes(module)), buffers))
+    return tuple(parts)

@@ -1,0 +1,341 @@
+"""The training of a derived network: epochs, evaluations, checkpoints."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from pdarts_fast.cost import count_parameters
+from pdarts_fast.errors import RunError
+from pdarts_fast.genotype import Genotype, check_genotype
+from pdarts_fast.run.checkpoint import random_state, set_random_state
+from pdarts_fast.run.directory import RunDirectory
+from pdarts_fast.run.environment import peak_memory_mib
+from pdarts_fast.run.metrics import MetricsLog
+from pdarts_fast.run.progress import Display, Status
+from pdarts_fast.run.resume import load_matching
+from pdarts_fast.run.signals import Interrupted, StopRequest
+from pdarts_fast.scoring import Scores, score
+from pdarts_fast.settings import to_json
+from pdarts_fast.step import WEIGHTS
+from pdarts_fast.train_config import TrainConfig
+from pdarts_fast.train_data import TrainData
+from pdarts_fast.train_schedule import drop_path, learning_rate
+from pdarts_fast.train_step import TrainStep
+from pdarts_fast.trained import WEIGHT_FILES, NetworkSpec, save_weights
+
+
+@dataclass
+class Progress:
+    """Where a training run stands; all counts are of what is done.
+
+    Attributes:
+        epoch: 0-based epoch; equal to the number of epochs when the training is over.
+        step: Steps done in the epoch.
+        global_step: Steps done in all.
+        epoch_seconds: Time spent on the steps of this epoch.
+        interval_seconds: Time spent on steps since the last interval record.
+        seconds: Time spent on steps and evaluations.
+        best_epoch: Epoch after which the test accuracy was highest (the first of equals), or -1.
+        best_accuracy: That accuracy, 0 to 1.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    global_step: int = 0
+    epoch_seconds: float = 0.0
+    interval_seconds: float = 0.0
+    seconds: float = 0.0
+    best_epoch: int = -1
+    best_accuracy: float = 0.0
+
+    def add_seconds(self, seconds: float) -> None:
+        """Count time spent on a training step."""
+        self.epoch_seconds += seconds
+        self.interval_seconds += seconds
+        self.seconds += seconds
+
+
+class Training:
+    """One training run in one run directory.
+
+    Args:
+        config: A validated configuration.
+        genotype: The cells.
+        data: Training and test images.
+        run: Open run directory; holds the checkpoint to go on from, if any.
+        device: Where the network runs.
+        display: What the user sees.
+
+    Raises:
+        RunError: The checkpoint belongs to other settings, another cell or other images.
+
+    Source:
+        arXiv 1904.12760, sections 4.2.2 and 4.3.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        genotype: Genotype,
+        data: TrainData,
+        run: RunDirectory,
+        device: torch.device,
+        display: Display,
+    ) -> None:
+        self.config = config
+        self.data = data
+        self.run_dir = run
+        self.device = device
+        self.display = display
+        self.spec = NetworkSpec(
+            config.network,
+            config.channels,
+            config.cells,
+            data.num_classes,
+            config.auxiliary,
+            genotype,
+        )
+        self._saved = self._load()
+        self.resumed = self._saved is not None
+        self.progress = Progress(**self._saved["progress"]) if self._saved else Progress()
+        self.metrics = MetricsLog(
+            run.metrics,
+            run.path / "tensorboard" if config.tensorboard else None,
+            self.progress.global_step,
+        )
+        self._steps_per_epoch = len(data.train)
+        self._first_step, self._first_seconds = self.progress.global_step, self.progress.seconds
+        self._stop = StopRequest()
+
+    def run(self, stop: StopRequest) -> Progress:
+        """Run what is left of the training.
+
+        Args:
+            stop: Looked at after every step; once set, a checkpoint is written and the training
+                ends.
+
+        Returns:
+            The final state, with the best accuracy.
+
+        Raises:
+            Interrupted: `stop` was set; the checkpoint to go on from is there.
+            RunError: The loss stopped being a number, or the disk refused.
+        """
+        self._stop = stop
+        config, progress = self.config, self.progress
+        step = self._build()
+        try:
+            while progress.epoch < config.epochs:
+                step.set_epoch(**self._rates())
+                self._train_epoch(step)
+                self._end_epoch(step)
+        finally:
+            self.metrics.close()
+        return progress
+
+    def _load(self) -> dict[str, Any] | None:
+        saved = load_matching(self.config, self.data.facts, self.run_dir)
+        if saved is not None and check_genotype(saved["genotype"]) != self.spec.genotype:
+            raise RunError(
+                f"the checkpoint in {self.run_dir.path} is of another cell: leave --genotype out "
+                "to resume, or give another --run-dir"
+            )
+        return saved
+
+    def _build(self) -> TrainStep:
+        """A fresh network with its optimiser, or those of the checkpoint."""
+        config, progress = self.config, self.progress
+        torch.manual_seed(config.seed)
+        network = self.spec.build().to(self.device)
+        network.train()
+        step = TrainStep(network, config, self.device)
+        if self._saved is not None:
+            step.load_state_dict(self._saved["training"])
+            set_random_state(self._saved["random"], self.device)
+            self._saved = None
+        self.display.start_stage(
+            1,
+            f"training: {config.cells} cells, {config.channels} channels, "
+            f"{count_parameters(network):,} parameters, {self.data.train.num_images:,} images",
+            config.epochs * self._steps_per_epoch,
+            progress.global_step,
+        )
+        return step
+
+    def _train_epoch(self, step: TrainStep) -> None:
+        config, progress = self.config, self.progress
+        last = time.perf_counter()
+        for images, labels in self.data.train.epoch(progress.epoch, progress.step):
+            step.run(images, labels, progress.global_step)
+            progress.step += 1
+            progress.global_step += 1
+            now = time.perf_counter()
+            progress.add_seconds(now - last)
+            last = now
+            self.display.advance()
+            if progress.step % config.log_interval == 0 or progress.step == self._steps_per_epoch:
+                self._log_interval(step)
+            self._stop_or_save(step)
+
+    def _stop_or_save(self, step: TrainStep) -> None:
+        """Write a checkpoint if it is time for one or the training was asked to stop."""
+        interval, done = self.config.checkpoint_interval, self.progress.step
+        due = done == self._steps_per_epoch or (interval > 0 and done % interval == 0)
+        if due or self._stop.signum is not None:
+            self._require_finite(step.bad_step())
+            self._save(step)
+        self._raise_if_stopped()
+
+    def _save(self, step: TrainStep) -> None:
+        self.run_dir.checkpoints.save(
+            {
+                "settings": to_json(self.config),
+                "dataset": self.data.facts,
+                "genotype": self.spec.genotype._asdict(),
+                "progress": asdict(self.progress),
+                "training": step.state_dict(),
+                "random": random_state(self.device),
+                "files": self.run_dir.file_lengths(),
+            }
+        )
+
+    def _raise_if_stopped(self) -> None:
+        if self._stop.signum is not None:
+            raise Interrupted(self._stop.signum)
+
+    def _require_finite(self, bad_step: int) -> None:
+        """Refuse to go on, and to overwrite a good checkpoint, after a loss that is no number."""
+        if bad_step >= 0:
+            raise RunError(
+                f"the loss or gradient of step {bad_step} is not finite; the last good checkpoint "
+                f"is in {self.run_dir.path / 'checkpoints'}; try a smaller --lr or --grad-clip"
+            )
+
+    def _where(self) -> dict[str, int]:
+        return {"epoch": self.progress.epoch, "step": self.progress.global_step}
+
+    def _rates(self) -> dict[str, float]:
+        epoch = self.progress.epoch
+        return {
+            "lr": learning_rate(self.config, epoch),
+            "drop_path": drop_path(self.config, epoch),
+        }
+
+    def _log_interval(self, step: TrainStep) -> None:
+        self._require_finite(int(step.first_bad_step))
+        config, progress = self.config, self.progress
+        seconds, progress.interval_seconds = progress.interval_seconds, 0.0
+        average = step.interval_meter.read()[WEIGHTS]
+        step.interval_meter.reset()
+        speed = average.images / seconds
+        self.metrics.write(
+            {
+                "kind": "interval",
+                **self._where(),
+                "loss": average.loss,
+                "accuracy": average.accuracy,
+                **self._rates(),
+                "images_per_second": speed,
+                "seconds": seconds,
+            }
+        )
+        left = self._seconds_left()
+        self.display.report(
+            Status(
+                stage=1,
+                stages=1,
+                epoch=progress.epoch + 1,
+                epochs=config.epochs,
+                step=progress.step,
+                steps=self._steps_per_epoch,
+                loss=average.loss or 0.0,
+                accuracy=average.accuracy or 0.0,
+                images_per_second=speed,
+                stage_eta=left,
+                search_eta=left,
+            )
+        )
+
+    def _seconds_left(self) -> float:
+        """Time left at the speed of this process so far, its evaluations included."""
+        progress = self.progress
+        done = progress.global_step - self._first_step
+        left = self.config.epochs * self._steps_per_epoch - progress.global_step
+        return (progress.seconds - self._first_seconds) / done * left
+
+    def _end_epoch(self, step: TrainStep) -> None:
+        """Write the records of an epoch whose steps are all done, and evaluate if it is time.
+
+        The checkpoint of the epoch's last step was taken before: a run that is killed in here
+        goes on at the beginning of this method.
+        """
+        config, progress = self.config, self.progress
+        average = step.epoch_meter.read()[WEIGHTS]
+        step.epoch_meter.reset()
+        self.metrics.write(
+            {
+                "kind": "epoch",
+                **self._where(),
+                "train_loss": average.loss,
+                "train_accuracy": average.accuracy,
+                **self._rates(),
+                "images_per_second": average.images / progress.epoch_seconds,
+                "seconds": progress.epoch_seconds,
+                "peak_memory_mib": peak_memory_mib(self.device),
+            }
+        )
+        last = progress.epoch + 1 == config.epochs
+        if last or (progress.epoch + 1) % config.validation_interval == 0:
+            self._validate(step)
+        progress.epoch += 1
+        progress.step = 0
+        progress.epoch_seconds = 0.0
+        if last:
+            self._save(step)
+
+    def _validate(self, step: TrainStep) -> None:
+        """Evaluate on the test images and keep the weights, also apart if they are the best."""
+        progress = self.progress
+        start = time.perf_counter()
+        scores = score(
+            step.network,
+            self.data.test,
+            self.data.num_classes,
+            amp=self.config.amp,
+            memory_format=step.memory_format,
+            each_batch=self._raise_if_stopped,
+        )
+        seconds = time.perf_counter() - start
+        progress.seconds += seconds
+        self.metrics.write(
+            {
+                "kind": "validation",
+                **self._where(),
+                "loss": scores.loss,
+                "accuracy": scores.accuracy,
+                "top5_accuracy": scores.top5_accuracy,
+                "images": scores.images,
+                "seconds": seconds,
+            }
+        )
+        self._write_weights("last", step, scores)
+        if progress.best_epoch < 0 or scores.accuracy > progress.best_accuracy:
+            progress.best_epoch, progress.best_accuracy = progress.epoch, scores.accuracy
+            self._write_weights("best", step, scores)
+        self.display.message(
+            f"  epoch {progress.epoch + 1}: test accuracy {100 * scores.accuracy:.2f}% "
+            f"(best {100 * progress.best_accuracy:.2f}%, epoch {progress.best_epoch + 1})"
+        )
+
+    def _write_weights(self, which: str, step: TrainStep, scores: Scores) -> None:
+        facts = {
+            "epoch": self.progress.epoch,
+            "accuracy": scores.accuracy,
+            "loss": scores.loss,
+            "dataset": self.data.facts,
+        }
+        save_weights(self.run_dir.path / WEIGHT_FILES[which], step.network, self.spec, facts)

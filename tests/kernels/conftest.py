@@ -1,0 +1,181 @@
+"""Cells, inputs and comparisons that the kernel tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pdarts_fast.kernels import cell as fused
+from pdarts_fast.kernels.cpu import load as cpu
+from pdarts_fast.skip_dropout import DropoutControl
+from pdarts_fast.supernet import Cell
+
+Values = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A cell and the size of its input; ``live`` primitives of every edge are drawn by ``seed``."""
+
+    channels: int = 8
+    live: int = 8
+    reduction: bool = False
+    reduction_prev: bool = False
+    batch: int = 2
+    height: int = 6
+    width: int = 6
+    dropout: float = 0.0
+    training: bool = True
+    seed: int = 0
+
+    def table(self) -> np.ndarray:
+        """Switch table, bool ``[14, 8]``."""
+        rng = np.random.default_rng(self.seed)
+        table = np.zeros((14, 8), dtype=bool)
+        for row in table:
+            row[rng.choice(8, self.live, replace=False)] = True
+        return table
+
+    def cell(self) -> Cell:
+        """A float64 cell with running statistics that are not those of a fresh one."""
+        torch.manual_seed(self.seed)
+        dropout = DropoutControl(self.dropout, self.seed) if self.dropout else None
+        cell = Cell(
+            2 * self.channels,
+            4 * self.channels,
+            self.channels,
+            self.table(),
+            reduction=self.reduction,
+            reduction_prev=self.reduction_prev,
+            index=3,
+            dropout=dropout,
+        )
+        for name, buffer in cell.named_buffers():
+            if name.endswith("running_var"):
+                buffer.uniform_(0.5, 2)
+            if name.endswith("running_mean"):
+                buffer.normal_()
+        return cell.double().train(self.training)
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """float64 s0, s1 and edge weights."""
+        torch.manual_seed(self.seed + 1)
+        larger = 2 if self.reduction_prev else 1
+        shape = (self.height * larger, self.width * larger)
+        s0 = torch.randn(self.batch, 2 * self.channels, *shape).double()
+        s1 = torch.randn(self.batch, 4 * self.channels, self.height, self.width).double()
+        return s0, s1, torch.rand(14, self.live).double()
+
+
+def run_cell(
+    cell: Cell, inputs: tuple[Tensor, Tensor, Tensor], backend: str, dtype: torch.dtype
+) -> Values:
+    """Output, every gradient and every buffer after one forward and backward pass, in float64.
+
+    Args:
+        cell: Is left as it was.
+        inputs: float64.
+        backend: ``op-by-op``, or primitives that ``kernels.cell`` knows.
+        dtype: In which the cell runs; bfloat16 means autocast of a float32 cell.
+    """
+    before = {name: buffer.clone() for name, buffer in cell.named_buffers()}
+    amp = dtype == torch.bfloat16
+    cell.to(torch.float32 if amp else dtype)
+    s0, s1, weights = (
+        x.to(torch.float32 if amp else dtype).clone().requires_grad_() for x in inputs
+    )
+    for parameter in cell.parameters():
+        parameter.grad = None
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
+        if backend == "op-by-op":
+            out = cell.forward_op_by_op(s0, s1, weights)
+        else:
+            out = fused.run(backend, cell, s0, s1, weights)
+    noise = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    (out * noise.to(out.dtype)).sum().backward()
+    found: dict[str, Tensor | None] = {
+        "out": out.detach(),
+        "s0": s0.grad,
+        "s1": s1.grad,
+        "weights": weights.grad,
+        **{name: parameter.grad for name, parameter in cell.named_parameters()},
+        **{name: buffer.clone() for name, buffer in cell.named_buffers()},
+    }
+    cell.double()
+    for name, buffer in cell.named_buffers():
+        buffer.copy_(before[name])
+    return {name: value.double() for name, value in found.items() if value is not None}
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """Largest difference relative to the largest wanted value, or to 1 where that is smaller.
+
+    The loss sums pixels of unit variance, so 1 is small; a weight in front of a BatchNorm of a
+    single channel has a gradient of nothing but eps and rounding.
+    """
+    return ((got - want).abs().max() / want.abs().max().clamp_min(1.0)).item()
+
+
+def assert_close(got: Values, want: Values, tolerance: float) -> None:
+    """All values by name, images one by one.
+
+    A ReLU or arg-max at a tie may flip in another precision and change a patch of one image: the
+    median image must agree, and at most a quarter of the images (and one) may differ.
+    """
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        if name in ("out", "s0", "s1"):
+            by_image = [error(g, w) for g, w in zip(got[name], value, strict=True)]
+            off = sum(one > tolerance for one in by_image)
+            assert np.median(by_image) <= tolerance, f"{name}: images off by {by_image}"
+            assert off <= 1 + len(by_image) // 4, f"{name}: images off by {by_image}"
+        else:
+            assert error(got[name], value) <= tolerance, f"{name}: {error(got[name], value):.1e}"
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def primitives(request: Any) -> str:
+    """Name of a set of primitives; skips those that are not built."""
+    if request.param == "cpu":
+        return request.getfixturevalue("compiled")
+    return request.param
+
+
+@pytest.fixture
+def compiled() -> str:
+    """``cpu``, or a skip where the C++ kernels are not built."""
+    found = cpu.availability()
+    if not found.usable:
+        pytest.skip(f"{found.reason} (or `python kernels/cpu/compile.py` in a checkout)")
+    cpu.register()
+    return "cpu"
+
+
+@pytest.fixture
+def make_case() -> Callable[..., Case]:
+    """Makes a ``Case``."""
+    return Case
+
+
+@pytest.fixture
+def run() -> Callable[..., Values]:
+    """``run_cell``."""
+    return run_cell
+
+
+@pytest.fixture
+def close() -> Callable[[Values, Values, float], None]:
+    """``assert_close``."""
+    return assert_close
+
+
+@pytest.fixture
+def off() -> Callable[[Tensor, Tensor], float]:
+    """``error``."""
+    return error
