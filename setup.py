@@ -20,7 +20,8 @@ CPU = Path("kernels") / "cpu"
 def _compile_module() -> ModuleType:
     """``kernels/cpu/compile.py``, loaded by its path: the package cannot be imported yet."""
     spec = importlib.util.spec_from_file_location("pdarts_compile", CPU / "compile.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

@@ -3,6 +3,7 @@
 A backend other than ``reference`` plugs in as a module ``kernels/<name>/load.py`` with
 
     availability() -> Availability
+    prepare_cell(cell) -> None                   called once before a cell runs, never in a trace
     run_cell(cell, s0, s1, weights) -> Tensor    what ``Cell.forward`` returns
 
 ``availability`` must not raise: whatever keeps the backend from running is its reason. Importing

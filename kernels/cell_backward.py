@@ -137,5 +137,3 @@ class Backward(Pass):
         out = self.backend.empty(tuple(x.shape), x, x.dtype) if want_input else None
         self.backend.fan_in(call, arrays, x, self.cast(coef), None, out)
         return out
-
-

@@ -14,6 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 # Must be the contract's order: pdarts_fast.genotype.PRIMITIVES. Kernels import nothing from above.
 PRIMITIVES = (
@@ -146,7 +147,7 @@ class _Builder:
         self.num_slots += 1
         return self.num_slots - 1
 
-    def pool(self, kind: int, place: dict[str, int], name: str) -> None:
+    def pool(self, kind: int, place: dict[str, Any], name: str) -> None:
         key = (kind, place["source"])
         shared = key in self._pools
         if not shared:
@@ -155,18 +156,16 @@ class _Builder:
         norms = (self.norm(f"{name}.1", slot),)
         self.branches.append(Branch(kind, **place, slot=slot, norms=norms, shared=shared))
 
-    def skip(self, place: dict[str, int], name: str) -> None:
+    def skip(self, place: dict[str, Any], name: str) -> None:
         if place["stride"] == 1:
             self.branches.append(Branch(SKIP, **place))
             return
         weights = (self.weight(f"{name}.conv_1"), self.weight(f"{name}.conv_2"))
         slot = self.slot()
         norms = (self.norm(f"{name}.bn", slot),)
-        self.branches.append(
-            Branch(FACTORIZED, **place, slot=slot, weights=weights, norms=norms)
-        )
+        self.branches.append(Branch(FACTORIZED, **place, slot=slot, weights=weights, norms=norms))
 
-    def convolution(self, primitive: str, place: dict[str, int], name: str) -> None:
+    def convolution(self, primitive: str, place: dict[str, Any], name: str) -> None:
         kernel = int(primitive[-1])
         separable = primitive.startswith("sep")
         dilation = 1 if separable else 2
@@ -192,7 +191,7 @@ class _Builder:
             )
         )
 
-    def add(self, primitive: str, place: dict[str, int], name: str) -> None:
+    def add(self, primitive: str, place: dict[str, Any], name: str) -> None:
         if primitive == "max_pool_3x3":
             self.pool(MAX_POOL, place, name)
         elif primitive == "avg_pool_3x3":
@@ -262,7 +261,13 @@ def from_key(key: str) -> Plan:
             stride = 2 if fields["reduction"] and source < 2 else 1
             live = [p for p, alive in zip(PRIMITIVES, table[edge], strict=True) if alive]
             for op, primitive in enumerate(live):
-                place = {"edge": edge, "node": node, "source": source, "op": op, "stride": stride}
+                place: dict[str, Any] = {
+                    "edge": edge,
+                    "node": node,
+                    "source": source,
+                    "op": op,
+                    "stride": stride,
+                }
                 build.add(primitive, place, f"cell_ops.{edge}.m_ops.{op}")
             edge += 1
     for which, name in enumerate(norms):

@@ -252,9 +252,10 @@ class Reference:
                 # The mask is a factor of each element: dropping g is the backward of dropping x.
                 term = _nchw(_dropped(item, arrays.grads[item.node], arrays) * coef[i, 0])
             else:
-                separable = item.half >= 0
-                assert arrays.half_grads is not None or not separable
-                grad = arrays.half_grads[item.half] if separable else arrays.grads[item.node]
+                grad = arrays.grads[item.node]
+                if item.half >= 0:
+                    assert arrays.half_grads is not None
+                    grad = arrays.half_grads[item.half]
                 dy = _output_gradient(coef[i], grad, arrays.y[item.slot])
                 term = backward(item, image, dy, arrays.weights)
             total = total + term

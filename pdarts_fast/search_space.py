@@ -71,16 +71,21 @@ def edge_index(node: int, source: int) -> int:
     return node_edges(node)[source]
 
 
-def num_nodes(num_edges: int) -> int:
+def num_nodes(num_edges: int, where: str = "") -> int:
     """Number of nodes of a cell with so many edges.
+
+    Args:
+        num_edges: Edges of the cell.
+        where: What to name first in an error.
 
     Raises:
         UsageError: No cell has that number of edges.
     """
     nodes = (math.isqrt(9 + 8 * max(num_edges, 0)) - 3) // 2
     if nodes < 1 or node_edges(nodes).start != num_edges:
+        place = f"{where}: " if where else ""
         raise UsageError(
-            f"no cell has {num_edges} edges (2, 5, 9, 14, 20, ... for 1, 2, ... nodes)"
+            f"{place}no cell has {num_edges} edges (2, 5, 9, 14, 20, ... for 1, 2, ... nodes)"
         )
     return nodes
 
@@ -269,7 +274,7 @@ def check_alphas(alphas: Any, where: str = "alphas") -> dict[str, npt.NDArray[np
                 f"{where}: {cell} has shape {list(table.shape)}; wanted edges by 1 to "
                 f"{len(PRIMITIVES)} ops"
             )
-        num_nodes(len(table))
+        num_nodes(len(table), where)
         if not np.isfinite(table).all():
             edge, op = np.argwhere(~np.isfinite(table))[0]
             raise UsageError(f"{where}: {cell}[{edge}][{op}] is {table[edge, op]}, not finite")

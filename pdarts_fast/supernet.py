@@ -118,6 +118,7 @@ class Cell(nn.Module):
         self.index = index
         self.switches = switches
         self.backend = backends.REFERENCE
+        self._run: Callable[[Cell, Tensor, Tensor, Tensor], Tensor] = Cell.forward_op_by_op
         if reduction_prev:
             self.preprocess0: nn.Module = FactorizedReduce(C_prev_prev, C, affine=False)
         else:
@@ -143,9 +144,17 @@ class Cell(nn.Module):
         Returns:
             ``[N, multiplier * C, H, W]``, or half of each side for a reduction.
         """
-        if self.backend == backends.REFERENCE:
-            return self.forward_op_by_op(s0, s1, weights)
-        return backends.load(self.backend).run_cell(self, s0, s1, weights)
+        return self._run(self, s0, s1, weights)
+
+    def use_backend(self, name: str) -> None:
+        """Lets a backend of ``kernels.backends.NAMES``, which must be usable, run the cell."""
+        self.backend = name
+        if name == backends.REFERENCE:
+            self._run = Cell.forward_op_by_op
+            return
+        module = backends.load(name)
+        module.prepare_cell(self)
+        self._run = module.run_cell
 
     def forward_op_by_op(self, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
         """The published graph: every operation of every edge on its own; as ``forward``."""
@@ -271,7 +280,7 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores of images ``[N, 3, H, W]``: logits ``[N, num_classes]``."""
-        self._use_backend_of(x.device)
+        self._use_backend_of(x.device.type)
         if self.training and self._has_skip_dropout:
             self.skip_dropout.advance()
         weights_normal = self._edge_weights(self.alphas_normal)
@@ -325,16 +334,21 @@ class Network(nn.Module):
     @property
     def backend(self) -> str:
         """What runs the cells on the device that the parameters lie on."""
-        return self._use_backend_of(self.classifier.weight.device)
+        return self._use_backend_of(self.classifier.weight.device.type)
 
-    def _use_backend_of(self, device: torch.device) -> str:
-        """Resolves the backend once a device type, so ``.cuda()`` after building may change it."""
-        if device.type not in self._backend_of_device:
-            chosen = backends.resolve(self._requested_backend, device)
-            self._backend_of_device[device.type] = chosen
-        chosen = self._backend_of_device[device.type]
+    @torch.compiler.assume_constant_result
+    def _use_backend_of(self, device_type: str) -> str:
+        """Resolves the backend once a device type, so ``.cuda()`` after building may change it.
+
+        While a graph is traced this runs outside of it.
+        """
+        if device_type not in self._backend_of_device:
+            chosen = backends.resolve(self._requested_backend, device_type)
+            self._backend_of_device[device_type] = chosen
+        chosen = self._backend_of_device[device_type]
         for cell in self.cells:
-            cast(Cell, cell).backend = chosen
+            if cast(Cell, cell).backend != chosen:
+                cast(Cell, cell).use_backend(chosen)
         return chosen
 
     def extra_repr(self) -> str:

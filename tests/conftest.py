@@ -151,6 +151,15 @@ class Process:
         path = self._stdout.with_suffix(".stderr")
         return path.read_text() if path.exists() else ""
 
+    def error_line(self, status: int) -> str:
+        """The one error line of a command that ended with a status, at the end of its log."""
+        assert self.status == status, self.stderr
+        lines = self.stderr.splitlines()
+        errors = [line for line in lines if line.startswith("pdarts-fast: error: ")]
+        assert errors == lines[-1:], self.stderr
+        assert "Traceback" not in self.stderr
+        return errors[0]
+
     @property
     def counts(self) -> dict[str, int]:
         """How often the counted calls were made."""

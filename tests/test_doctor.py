@@ -1,4 +1,4 @@
-"""The doctor command: says what is there, and fails only where something asked for does not work."""
+"""The doctor command: says what is there, and fails only if the data set cannot be used."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_without_flags_the_bundled_digits_are_checked(processes: Any) -> None:
     process = processes.run(["doctor"])
     assert process.status == 0, process.stderr
     assert "data digits" in process.stdout
-    assert "yes: 1437 training and 360 test images" in " ".join(process.stdout.split())
+    assert "yes: 1438 training and 359 test images" in " ".join(process.stdout.split())
 
 
 def test_unknown_data_set_is_refused(processes: Any) -> None:

@@ -341,11 +341,12 @@ def test_resume_of_a_real_supernet_with_skip_dropout_is_exact(
     processes: Any, tiny: Any, outcome: Any, tmp_path: Path
 ) -> None:
     flags = [
-        "--cells", 3, 3, "--ops-kept", 8, 3, "--skip-dropout", 0.4, 0.4, "--channels", 1,
-        "--batch-size", 8, "--checkpoint-interval", 1,
+        "--cells", 3, "--ops-kept", 8, "--skip-dropout", 0.4, "--batch-size", 7,
+        "--checkpoint-interval", 1,
     ]  # fmt: skip
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert processes.run(tiny(whole, *flags), toy=False).status == 0
+    # In the middle of the second epoch: after a checkpoint and one more alpha step.
     process = processes.run(tiny(killed, *flags), toy=False, kill=(STEP, 5, "after"))
     assert process.status == -signal.SIGKILL
     resume = ["search", "--resume", "--run-dir", str(killed)]

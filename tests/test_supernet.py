@@ -285,7 +285,11 @@ def test_another_backend_is_handed_every_cell_with_its_weights(
         calls.append((cell.index, cell.backend, tuple(weights.shape)))
         return cell.forward_op_by_op(s0, s1, weights)
 
-    plugged = SimpleNamespace(availability=lambda: Availability(True, "test"), run_cell=run_cell)
+    plugged = SimpleNamespace(
+        availability=lambda: Availability(True, "test"),
+        run_cell=run_cell,
+        prepare_cell=lambda cell: None,
+    )
     monkeypatch.setattr(backends, "load", {"cpu": plugged}.get)
     torch.manual_seed(0)
     network = small_network(backend="cpu")

@@ -70,5 +70,5 @@ class Task(ctypes.Structure):
     )
 
 
-BRANCH = np.dtype([(name, np.int64) for name, _ in Branch._fields_])
+BRANCH = np.dtype([(field[0], np.int64) for field in Branch._fields_])
 """``struct Branch`` as a numpy record; every field has 64 bits."""

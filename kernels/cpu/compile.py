@@ -2,7 +2,7 @@
 
 Run as a script it builds beside the sources:
 
-    python kernels/cpu/compile.py [--sanitize] [--force-width 16] [--output FILE]
+    python kernels/cpu/compile.py [--sanitize] [--only avx2] [--force-width 16] [--output FILE]
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ def build(
     *,
     sanitize: bool = False,
     force_width: int | None = None,
+    only: Sequence[str] = (),
     extra: Sequence[str] = (),
 ) -> Path:
     """Compiles and links the library.
@@ -81,6 +82,7 @@ def build(
         output: File to write.
         sanitize: With address and undefined-behaviour sanitizers.
         force_width: Vector width of the avx2 variant, to try the 16-wide code on any processor.
+        only: Names of the x86-64 variants to build beside `generic`; all if empty.
         extra: More compiler flags.
 
     Returns:
@@ -94,18 +96,17 @@ def build(
         raise RuntimeError("no C++17 compiler with OpenMP found; install g++ or set CXX")
     flags = [*BASE, *(SANITIZE if sanitize else ()), *extra]
     with tempfile.TemporaryDirectory() as folder:
-        x86 = ["-DPDARTS_X86"] if len(variants()) > 1 else []
-        jobs = [[str(SOURCES / "dispatch.cpp"), *x86, "-o", f"{folder}/dispatch.o"]]
-        for variant in variants():
+        chosen = [v for v in variants() if not only or v.name in (*only, "generic")]
+        listed = [f"-DPDARTS_HAS_{v.name.upper()}" for v in chosen]
+        jobs = [[str(SOURCES / "dispatch.cpp"), *listed, "-o", f"{folder}/dispatch.o"]]
+        for variant in chosen:
             width = variant.width
             if force_width and variant.name == "avx2":
                 width = force_width
             names = [f"-DPDARTS_VARIANT={variant.name}", f"-DPDARTS_WIDTH={width}"]
             for source in PRIMITIVES:
                 target = f"{folder}/{variant.name}_{source}.o"
-                jobs.append(
-                    [str(SOURCES / f"{source}.cpp"), *variant.flags, *names, "-o", target]
-                )
+                jobs.append([str(SOURCES / f"{source}.cpp"), *variant.flags, *names, "-o", target])
         # The largest files first, so that no processor idles at the end.
         jobs.sort(key=lambda job: PRIMITIVES[1] not in job[0] and PRIMITIVES[2] not in job[0])
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -123,8 +124,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--sanitize", action="store_true")
     parser.add_argument("--force-width", type=int)
+    parser.add_argument("--only", nargs="*", default=())
     options = parser.parse_args()
-    path = build(options.output, sanitize=options.sanitize, force_width=options.force_width)
+    path = build(
+        options.output,
+        sanitize=options.sanitize,
+        force_width=options.force_width,
+        only=options.only,
+    )
     sys.stdout.write(f"{path}\n")
 
 

@@ -43,18 +43,25 @@ def register() -> None:
     Raises:
         LibraryError: The library does not run here.
     """
-    from .. import cell
+    from .. import cell_operator
     from .primitives import CompiledPrimitives
 
     found = _load()
     if isinstance(found, LibraryError):
         raise found
-    cell.register_backend("cpu", CompiledPrimitives(found))
+    cell_operator.register_backend("cpu", CompiledPrimitives(found))
+
+
+def prepare_cell(cell: nn.Module) -> None:
+    """Looks up what the operator needs to know of a cell; see ``kernels.cell.prepare``."""
+    from .. import cell as cells
+
+    register()
+    cells.prepare(cell)
 
 
 def run_cell(cell: nn.Module, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
     """What ``Cell.forward`` returns; see ``kernels.cell.run``."""
     from .. import cell as cells
 
-    register()
     return cells.run("cpu", cell, s0, s1, weights)

@@ -41,7 +41,7 @@ def load_dataset(
     if name not in DATASETS:
         raise UsageError(f"--dataset {name}: unknown, choose one of {', '.join(DATASETS)}")
     if image_size < 1:
-        raise UsageError(f"--image_size {image_size}: must be at least 1 pixel")
+        raise UsageError(f"--image-size {image_size}: must be at least 1 pixel")
     if workers < 0:
         raise UsageError(f"--workers {workers}: must be 0 (one for each CPU core) or more")
     if name == "digits":

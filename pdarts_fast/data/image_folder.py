@@ -177,7 +177,7 @@ def _decode_all(
             for row, message in broken:
                 if not skip_broken:
                     raise RunError(
-                        f"{message}: replace or remove it, or leave it out with --skip_broken"
+                        f"{message}: replace or remove it, or leave it out with --skip-broken"
                     )
                 log.warning("%s: skipped", message)
                 lost.add(row)

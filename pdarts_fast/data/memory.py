@@ -55,9 +55,9 @@ def require_memory(name: str, num_images: int, image_size: int) -> None:
     available = available_memory()
     if available is not None and needed > available:
         raise RunError(
-            f"{name}: {num_images} images at --image_size {image_size} need {needed / _GIB:.1f} "
+            f"{name}: {num_images} images at --image-size {image_size} need {needed / _GIB:.1f} "
             f"GiB of memory but {available / _GIB:.1f} GiB are free: choose a smaller "
-            f"--image_size or fewer images"
+            f"--image-size or fewer images"
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -11,20 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from pdarts_fast.dropin import fused, probe, swap
+from pdarts_fast.dropin.context import Modules
 from pdarts_fast.dropin.recognise import NotRecognised, Recipe, describe, find_cells, recognise
+from pdarts_fast.dropin.reporting import Report, say_once
 from pdarts_fast.dropin.watch import Watch, signature
 from pdarts_fast.kernels import backends
 from pdarts_fast.kernels.plan import FACTORIZED
 from pdarts_fast.supernet import Cell as OurCell
 from pdarts_fast.supernet import Network as OurNetwork
 
-logger = logging.getLogger(__name__)
-
 Model = TypeVar("Model", bound=nn.Module)
 
 _LARGEST_CACHE = 512
 _verdicts: dict[tuple[Any, ...], Recipe | str] = {}
-_logged: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class _Holder:
     settings: _Settings
     recipe: Recipe | None = None
     owner: nn.Module | None = None
-    modules: fused.Modules | None = None
+    modules: Modules | None = None
     watch: Watch | None = None
     backend_of: dict[str, str] = field(default_factory=dict)
 
@@ -68,10 +66,7 @@ class _Holder:
 
 
 def _warn_once(cell: nn.Module, reason: str) -> None:
-    line = f"{swap.own_class(cell).__name__} runs as it is: {reason}"
-    if line not in _logged:
-        _logged.add(line)
-        logger.warning(line)
+    say_once(logging.WARNING, f"{swap.own_class(cell).__name__} runs as it is: {reason}")
 
 
 def _judge(cell: nn.Module) -> Recipe:
@@ -85,7 +80,7 @@ def _judge(cell: nn.Module) -> Recipe:
         raise NotRecognised("its forward is replaced on the instance")
     with probe.random_state_kept(torch.device("cpu")):
         candidates = recognise(cell)
-    dropouts = list(fused.Modules.of(cell, candidates[0].plan).dropouts.values())
+    dropouts = list(Modules.of(cell, candidates[0].plan).dropouts.values())
     key = signature(cell, own, (swap.HOLDER,), dropouts)
     verdict = _verdicts.get(key) if key is not None else None
     if verdict is None:
@@ -120,7 +115,7 @@ def _bind(cell: nn.Module, holder: _Holder) -> None:
         holder.recipe, holder.owner = None, cell
         _warn_once(cell, str(error))
         return
-    modules = fused.Modules.of(cell, recipe.plan)
+    modules = Modules.of(cell, recipe.plan)
     custom = {*modules.extras.values(), *modules.dropouts.values()}
     if recipe.plan.outside:
         custom |= {cell.get_submodule(path) for path in recipe.input_paths}
@@ -195,7 +190,7 @@ class _FusedCell(swap.Swapped):
     """``forward`` of a recognised cell."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        out = _run(self, args) if len(args) == 3 and not kwargs else None  # type: ignore[arg-type]
+        out = _run(self, args) if len(args) == 3 and not kwargs else None
         return super().forward(*args, **kwargs) if out is None else out  # type: ignore[misc]
 
 
@@ -214,7 +209,8 @@ def _run(cell: nn.Module, args: tuple[Any, ...]) -> Tensor | None:
             _warn_once(cell, obstacle)
         return None
     recipe, modules = holder.recipe, holder.modules
-    assert recipe is not None and modules is not None
+    assert recipe is not None
+    assert modules is not None
     third = _third_argument(recipe, args[2])
     if third is None:
         _warn_once(cell, "its third argument is not what it was tried out with")
@@ -268,29 +264,8 @@ def _as_float(value: Any) -> Any:
     return value
 
 
-@dataclass
-class _Report:
-    done: list[tuple[str, nn.Module, str]] = field(default_factory=list)
-    left: list[tuple[str, nn.Module, str]] = field(default_factory=list)
-
-    def lines(self) -> Iterator[tuple[int, str]]:
-        """Level and text of what to log."""
-        groups: dict[tuple[str, str], list[str]] = {}
-        for path, cell, reason in self.left:
-            key = (swap.own_class(cell).__name__, reason)
-            groups.setdefault(key, []).append(path or "the model")
-        for (name, reason), paths in groups.items():
-            yield logging.WARNING, f"left as it is: {', '.join(paths)} ({name}): {reason}"
-        notes: dict[str, list[str]] = {}
-        for path, _, note in self.done:
-            if note:
-                notes.setdefault(note, []).append(path or "the model")
-        for note, paths in notes.items():
-            yield logging.INFO, f"accelerated but for its {note}: {', '.join(paths)}"
-
-
-def _accelerate(model: nn.Module, settings: _Settings, *, quiet: bool) -> _Report:
-    report = _Report()
+def _accelerate(model: nn.Module, settings: _Settings, *, quiet: bool) -> Report:
+    report = Report()
     ours = [module for module in model.modules() if isinstance(module, OurNetwork)]
     for network in ours:
         network._requested_backend = settings.backend
@@ -310,7 +285,7 @@ def _accelerate(model: nn.Module, settings: _Settings, *, quiet: bool) -> _Repor
     if report.done or ours:
         _swap_networks(model, settings, [cell for _, cell, _ in report.done])
     if not quiet:
-        _log(model, settings, report, ours)
+        report.log(model, settings.backend, bool(ours))
     return report
 
 
@@ -331,31 +306,6 @@ def _swap_networks(model: nn.Module, settings: _Settings, cells: list[nn.Module]
         }.get((makes_new, amp))
         if mixin is not None:
             swap.put_on(module, swap.swapped_class(own, mixin), _Holder(settings))
-
-
-def _log(
-    model: nn.Module, settings: _Settings, report: _Report, ours: list[OurNetwork]
-) -> None:
-    for level, line in [*report.lines(), _summary(model, settings, report, ours)]:
-        if line not in _logged:
-            _logged.add(line)
-            logger.log(level, line)
-
-
-def _summary(
-    model: nn.Module, settings: _Settings, report: _Report, ours: list[OurNetwork]
-) -> tuple[int, str]:
-    name = swap.own_class(model).__name__
-    if not report.done and not report.left and not ours:
-        return logging.WARNING, f"{name} is left as it is: it holds no cells of P-DARTS or DARTS"
-    device = next(model.parameters()).device
-    chosen = backends.resolve(settings.backend, device)
-    if ours:
-        return logging.INFO, f"{name} is this package's own; it runs on backend {chosen}"
-    if chosen == backends.REFERENCE:
-        return logging.INFO, f"{name} runs as it is: no faster backend serves {device.type}"
-    done, total = len(report.done), len(report.done) + len(report.left)
-    return logging.INFO, f"{done} of {total} cells of {name} run on backend {chosen}"
 
 
 def accelerate(model: Model, *, backend: str = "auto", amp: bool = False) -> Model:

@@ -14,7 +14,6 @@ from pdarts_fast.dropin.stock_ops import CUSTOM, NOTHING, StockOp
 from pdarts_fast.kernels import plan as plans
 from pdarts_fast.kernels.plan import Branch, Plan
 
-
 Place = tuple[int, int]
 """Edge, and position among its operations."""
 

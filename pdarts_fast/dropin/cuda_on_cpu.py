@@ -63,10 +63,10 @@ def _staying() -> Callable[..., Any]:
 def pretend() -> None:
     """Makes ``.cuda()``, ``torch.cuda`` and devices named ``cuda`` mean the CPU, from now on."""
     cuda: Any = torch.cuda
-    torch.Tensor.cuda = _staying()  # type: ignore[assignment,method-assign]
-    nn.Module.cuda = _staying()  # type: ignore[assignment,method-assign]
-    torch.Tensor.to = _with_cpu(torch.Tensor.to)  # type: ignore[assignment,method-assign]
-    nn.Module.to = _with_cpu(nn.Module.to)  # type: ignore[assignment,method-assign]
+    torch.Tensor.cuda = _staying()  # type: ignore[method-assign]
+    nn.Module.cuda = _staying()  # type: ignore[method-assign]
+    torch.Tensor.to = _with_cpu(torch.Tensor.to)  # type: ignore[method-assign]
+    nn.Module.to = _with_cpu(nn.Module.to)  # type: ignore[method-assign]
     for name in _FACTORIES:
         setattr(torch, name, _with_cpu(getattr(torch, name)))
     cuda.is_available = _told(cuda.is_available, True)

@@ -2,68 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from pdarts_fast.dropin.cell_plan import CellPlan, Place
-from pdarts_fast.dropin.context import Context, Stored
+from pdarts_fast.dropin.context import Context, Modules, Stored
 from pdarts_fast.dropin.passes import CellForward
 from pdarts_fast.dropin.passes_backward import CellBackward
 from pdarts_fast.dropin.tables import Tables, layout, tables
-from pdarts_fast.dropin.watch import parameters_of
 from pdarts_fast.kernels import backends, moments
 from pdarts_fast.kernels import cell as cells
 from pdarts_fast.kernels.cell_pass import state_size
 from pdarts_fast.kernels.interface import Arrays, Backend
 from pdarts_fast.kernels.weights import Weights
-
-
-@dataclass
-class Modules:
-    """What of a cell's modules the passes read and write, in the order of its plan.
-
-    Attributes:
-        convolutions: One for each of ``plan.weights``.
-        norms: One for each of ``plan.norms``.
-        extras: Module of every custom operation.
-        dropouts: Module of every skip dropout.
-    """
-
-    convolutions: Sequence[nn.Module]
-    norms: Sequence[nn.Module]
-    extras: Mapping[Place, nn.Module]
-    dropouts: Mapping[Place, nn.Dropout]
-
-    @classmethod
-    def of(cls, cell: nn.Module, plan: CellPlan) -> Modules:
-        """Looks every path of a plan up in a cell."""
-        dropouts = {place: cell.get_submodule(path) for place, path in plan.dropouts}
-        return cls(
-            [cell.get_submodule(path.removesuffix(".weight")) for path in plan.weights],
-            [cell.get_submodule(path) for path in plan.norms],
-            {(e.edge, e.op): cell.get_submodule(e.path) for e in plan.extras},
-            dropouts,  # type: ignore[arg-type]
-        )
-
-    def gains(self) -> list[Tensor]:
-        """Scale and shift of every BatchNorm that has them."""
-        affine = [norm for norm in self.norms if norm.weight is not None]
-        return [tensor for norm in affine for tensor in (norm.weight, norm.bias)]
-
-    def parameters(self) -> list[Tensor]:
-        """Those of custom operations."""
-        return [
-            parameter
-            for extra in self.extras.values()
-            for module in extra.modules()
-            for parameter in parameters_of(module).values()
-            if parameter is not None
-        ]
 
 
 @dataclass
@@ -139,9 +95,7 @@ def _norms(call: _Call, channels: int) -> Tensor:
     """``Stored.norms``, filled in evaluation."""
     plan, training = call.plan, call.context.training
     rows = plan.num_slots + 2 if training else len(plan.norms)
-    norms = torch.zeros(
-        (rows + 1, 2, channels), dtype=torch.float64, device=call.context.device
-    )
+    norms = torch.zeros((rows + 1, 2, channels), dtype=torch.float64, device=call.context.device)
     if not training:
         for i, norm in enumerate(call.modules.norms):
             norms[i, 0, : plan.channels] = norm.running_mean
@@ -308,9 +262,7 @@ def _restore(ctx: Any) -> tuple[Stored, dict[Place, Tensor], Tensor, list[Tensor
         x.permute(0, 2, 3, 1) if shared else x
         for x, shared in zip(rows, ctx.shared[1:], strict=True)
     ]
-    stored = Stored(
-        inputs, states or inputs, raw, nodes, slots, norms, gains[0] if gains else None
-    )
+    stored = Stored(inputs, states or inputs, raw, nodes, slots, norms, gains[0] if gains else None)
     return stored, dict(zip(ctx.places, masks, strict=True)), alphas, saved
 
 

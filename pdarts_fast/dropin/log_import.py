@@ -62,8 +62,7 @@ def _boolean_tables(text: str) -> list[tuple[int, Table]]:
             continue
         if all(len(row) == len(PRIMITIVES) for row in rows) and _is_table(rows):
             table = [
-                [name for name, alive in zip(PRIMITIVES, row, strict=True) if alive]
-                for row in rows
+                [name for name, alive in zip(PRIMITIVES, row, strict=True) if alive] for row in rows
             ]
             found.append((match.start(), table))
     return found
@@ -99,9 +98,7 @@ def _name_tables(text: str) -> list[tuple[int, Table]]:
 def _switches(text: str) -> list[dict[str, Table]]:
     """Pairs of tables, of the normal and then of the reduction cell."""
     tables = [table for _, table in sorted(_boolean_tables(text) + _name_tables(text))]
-    unique = [
-        table for i, table in enumerate(tables) if i == 0 or tables[i - 1] is not table
-    ]
+    unique = [table for i, table in enumerate(tables) if i == 0 or tables[i - 1] is not table]
     pairs = zip(unique[::2], unique[1::2], strict=False)
     return [{"normal": normal, "reduce": reduce} for normal, reduce in pairs]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from pdarts_fast import search_space, supernet
 from pdarts_fast.genotype import Genotype
 from pdarts_fast.supernet import Cell, MixedOp
@@ -21,7 +23,7 @@ class Network(supernet.Network):
             self._criterion,
             self._steps,
             self._multiplier,
-            self.stem[0].out_channels // self._C,  # type: ignore[operator]
+            cast(int, self.stem[0].out_channels) // self._C,
             self.switches_normal,
             self.switches_reduce,
             self.p if self.has_skip_dropout else 0.0,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pdarts_fast.dropin import fused
+from pdarts_fast.dropin.context import Modules
 from pdarts_fast.dropin.recognise import NotRecognised, Recipe
 from pdarts_fast.kernels.backends import REFERENCE
 from pdarts_fast.kernels.plan import FACTORIZED
@@ -83,7 +84,7 @@ def _ours(cell: nn.Module, recipe: Recipe, trial: _Trial) -> Tensor:
     s0, s1 = preprocess(cell, recipe, trial.s0, trial.s1)
     return fused.run(
         recipe.plan,
-        fused.Modules.of(cell, recipe.plan),
+        Modules.of(cell, recipe.plan),
         REFERENCE,
         s0,
         s1,
@@ -191,7 +192,8 @@ def _with_outputs(recipe: Recipe, out: Any) -> Recipe:
     if not recipe.searches:
         return recipe
     concat = tuple(range(plan.steps))[-count:]
-    return replace(recipe, plan=replace(plan, concat=concat, multiplier=count))
+    changes: dict[str, Any] = {"concat": concat, "multiplier": count}
+    return replace(recipe, plan=replace(plan, **changes))
 
 
 def _check_extras(cell: nn.Module, recipe: Recipe) -> None:
@@ -251,9 +253,7 @@ def try_out(cell: nn.Module, own_class: type, recipe: Recipe) -> Recipe:
     return replace(recipe, even=even)
 
 
-def _agrees(
-    cell: nn.Module, own_class: type, recipe: Recipe, side: int, drop_path: float
-) -> bool:
+def _agrees(cell: nn.Module, own_class: type, recipe: Recipe, side: int, drop_path: float) -> bool:
     try:
         _compare(cell, own_class, recipe, _trial(cell, recipe, side, drop_path))
     except NotRecognised:

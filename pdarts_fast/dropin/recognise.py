@@ -231,4 +231,3 @@ def describe(recipe: Recipe) -> str:
     if recipe.plan.outside:
         notes.append("preprocessing")
     return " and ".join(notes)
-

@@ -91,7 +91,9 @@ class _Repair(ast.NodeTransformer):
 def _body_start(tree: ast.Module) -> int:
     """Where a statement may go: behind the docstring and imports from ``__future__``."""
     for index, node in enumerate(tree.body):
-        docstring = index == 0 and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        docstring = (
+            index == 0 and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        )
         future = isinstance(node, ast.ImportFrom) and node.module == "__future__"
         if not docstring and not future:
             return index

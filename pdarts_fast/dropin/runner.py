@@ -78,7 +78,8 @@ class _Finder(importlib.abc.MetaPathFinder):
             return spec
         if fullname in STOCK_MODULES:
             stock = importlib.util.find_spec(f"pdarts_fast.dropin.{fullname}")
-            assert stock is not None and stock.origin is not None
+            assert stock is not None
+            assert stock.origin is not None
             logger.info("the script's folder has no %s.py: this package's is used", fullname)
             return importlib.util.spec_from_file_location(fullname, stock.origin)
         return None
@@ -107,7 +108,7 @@ class _Builds:
         builds = self
 
         def __init_subclass__(cls: type, **kwargs: Any) -> None:
-            super(nn.Module, cls).__init_subclass__(**kwargs)
+            super(nn.Module, cls).__init_subclass__(**kwargs)  # type: ignore[misc]
             if "__init__" in vars(cls) and builds._concerns(cls):
                 cls.__init__ = builds._wrap(cls.__init__)  # type: ignore[misc]
 

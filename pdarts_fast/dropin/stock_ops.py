@@ -128,7 +128,8 @@ def _separable_half(layers: list[nn.Module]) -> _Half | None:
         return None
     if not _is_plain(depthwise) or not _is_pointwise(pointwise, 1):
         return None
-    assert isinstance(depthwise, nn.Conv2d) and isinstance(pointwise, nn.Conv2d)
+    assert isinstance(depthwise, nn.Conv2d)
+    assert isinstance(pointwise, nn.Conv2d)
     kernel, dilation = _pair(depthwise.kernel_size), _pair(depthwise.dilation)
     stride, channels = _pair(depthwise.stride), depthwise.in_channels
     if kernel not in KERNELS or dilation not in DILATIONS or stride not in (1, 2):
@@ -198,7 +199,8 @@ def _factorized(layers: list[tuple[str, nn.Module]]) -> StockOp | None:
         return None
     if not _is_pointwise(conv_1, 2) or not _is_pointwise(conv_2, 2):
         return None
-    assert isinstance(conv_1, nn.Conv2d) and isinstance(conv_2, nn.Conv2d)
+    assert isinstance(conv_1, nn.Conv2d)
+    assert isinstance(conv_2, nn.Conv2d)
     if conv_1.in_channels != conv_2.in_channels:
         return None
     channels = (conv_1.in_channels, conv_1.out_channels + conv_2.out_channels)

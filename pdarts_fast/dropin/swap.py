@@ -25,7 +25,8 @@ class Swapped:
     """Mixed in before a module's own class."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        function, args, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
+        reduced: Any = super().__reduce_ex__(protocol)
+        function, args, *rest = reduced
         own = own_class(self)
         args = tuple(own if arg is type(self) else arg for arg in args)
         if function is copyreg.__newobj__ and len(args) == 1:  # type: ignore[attr-defined]

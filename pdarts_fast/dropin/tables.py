@@ -120,8 +120,7 @@ class _Builder:
     def __init__(self, plan: CellPlan, masked: Sequence[Branch]) -> None:
         self.plan = plan
         self.halves = {
-            place_of(b): number
-            for number, b in enumerate(b for b in plan.branches if b.first >= 0)
+            place_of(b): number for number, b in enumerate(b for b in plan.branches if b.first >= 0)
         }
         self.grads = {place_of(b): plan.steps + i for i, b in enumerate(masked)}
         skips = [place_of(b) for b in masked if b.kind == plans.SKIP]

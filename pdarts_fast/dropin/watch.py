@@ -39,7 +39,7 @@ def _freeze(value: Any) -> Any:
     Raises:
         _Opaque: It is not data.
     """
-    if isinstance(value, _PLAIN) or isinstance(value, _CODE):
+    if isinstance(value, (_PLAIN, _CODE)):
         return value
     if isinstance(value, (list, tuple)):
         return (type(value), *map(_freeze, value))
@@ -250,8 +250,7 @@ def signature(
         cls = own_class if module is cell else type(module)
         try:
             attributes = tuple(
-                (name, _freeze(value))
-                for name, value in _attributes(module, ignored, rate).items()
+                (name, _freeze(value)) for name, value in _attributes(module, ignored, rate).items()
             )
             hash(attributes)
         except (_Opaque, TypeError):

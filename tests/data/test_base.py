@@ -166,7 +166,7 @@ def test_digits_split_and_pixels_are_fixed():
     ("name", "options", "message"),
     [
         pytest.param("mnist", {}, "--dataset mnist: unknown.*digits", id="unknown-name"),
-        pytest.param("digits", {"image_size": 0}, "--image_size 0", id="image-size"),
+        pytest.param("digits", {"image_size": 0}, "--image-size 0", id="image-size"),
         pytest.param("digits", {"workers": -1}, "--workers -1", id="workers"),
         pytest.param("cifar10", {}, "cifar10 needs --data DIR", id="cifar-without-folder"),
         pytest.param("image-folder", {}, "image-folder needs --data DIR", id="images-without"),
@@ -182,7 +182,7 @@ def test_bad_requests_are_refused(name, options, message):
 
 def test_a_data_set_too_large_for_the_memory_is_refused(monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda: 1000)
-    with pytest.raises(RunError, match=r"1797 images at --image_size 32 need 0.0 GiB"):
+    with pytest.raises(RunError, match=r"1797 images at --image-size 32 need 0.0 GiB"):
         load_dataset("digits")
 
 

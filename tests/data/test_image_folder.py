@@ -217,7 +217,7 @@ def test_broken_image(tmp_path, caplog, content, extension):
         Image.fromarray(noise).save(path)
         content = path.read_bytes()[:1500]
     path.write_bytes(content)
-    fails(tmp_path, rf"broken.{extension}: not a readable image .*--skip_broken")
+    fails(tmp_path, rf"broken.{extension}: not a readable image .*--skip-broken")
     with caplog.at_level(logging.WARNING):
         dataset = load(tmp_path, skip_broken=True)
     assert f"broken.{extension}" in caplog.text
@@ -299,6 +299,6 @@ def test_file_instead_of_a_folder(tmp_path):
 def test_too_many_images_for_the_memory(tmp_path, monkeypatch):
     make_classes(tmp_path)
     monkeypatch.setattr(memory, "available_memory", lambda: 30 * 3 * 8 * 8 - 1)
-    fails(tmp_path, "30 images at --image_size 8 need .*smaller --image_size")
+    fails(tmp_path, "30 images at --image-size 8 need .*smaller --image-size")
     monkeypatch.setattr(memory, "available_memory", lambda: 30 * 3 * 8 * 8)
     assert load(tmp_path).num_classes == 3

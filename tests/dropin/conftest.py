@@ -16,7 +16,8 @@ HERE = Path(__file__).parent
 def load_file(name: str, path: Path) -> ModuleType:
     """The module of a file, under a name, in ``sys.modules``."""
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
@@ -71,8 +72,8 @@ def pdarts(scripts: Path) -> ModuleType:
 @pytest.fixture
 def forget() -> Iterator[None]:
     """Forgets what was logged, so that a test sees every line."""
-    from pdarts_fast.dropin import acceleration
+    from pdarts_fast.dropin import reporting
 
-    acceleration._logged.clear()
+    reporting.said.clear()
     yield
-    acceleration._logged.clear()
+    reporting.said.clear()

@@ -32,7 +32,11 @@ TOLERANCE = 2e-5
 
 
 def few(edge: int) -> tuple[str, ...]:
-    return (("sep_3", "skip", "none"), ("dil_3", "max_pool", "skip"), ("skip", "avg_pool", "sep_3"))[edge % 3]
+    return (
+        ("sep_3", "skip", "none"),
+        ("dil_3", "max_pool", "skip"),
+        ("skip", "avg_pool", "sep_3"),
+    )[edge % 3]
 
 
 def ragged(edge: int) -> tuple[str, ...]:
@@ -61,6 +65,12 @@ def close(got: Tensor, wanted: Tensor, name: str, tolerance: float = TOLERANCE) 
     error = (got - wanted).abs().max().item()
     scale = max(wanted.abs().max().item(), 1e-3)
     assert error <= tolerance * scale, f"{name}: off by {error:.1e} of {scale:.1e}"
+
+
+def close_gradients(got: nn.Parameter, wanted: nn.Parameter, name: str) -> None:
+    assert got.grad is not None, name
+    assert wanted.grad is not None, name
+    close(got.grad, wanted.grad, name, 2e-4)
 
 
 def calls_of(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
@@ -264,8 +274,7 @@ def test_replica_of_data_parallel(zoo: ModuleType, monkeypatch: pytest.MonkeyPat
         F.cross_entropy(replicate(model)(images), labels).backward()
     assert len(seen) == 1
     for (name, p), q in zip(plain.named_parameters(), fast.named_parameters(), strict=True):
-        assert p.grad is not None and q[1].grad is not None, name
-        close(q[1].grad, p.grad, name, 2e-4)
+        close_gradients(q[1], p, name)
 
 
 def test_distributed_data_parallel(zoo: ModuleType, tmp_path: Path) -> None:
@@ -279,8 +288,7 @@ def test_distributed_data_parallel(zoo: ModuleType, tmp_path: Path) -> None:
         for model in (plain, nn.parallel.DistributedDataParallel(fast)):
             F.cross_entropy(model(images), labels).backward()
         for (name, p), q in zip(plain.named_parameters(), fast.parameters(), strict=True):
-            assert p.grad is not None and q.grad is not None, name
-            close(q.grad, p.grad, name, 2e-4)
+            close_gradients(q, p, name)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -407,7 +415,9 @@ def test_dtype_and_odd_calls_fall_back(zoo: ModuleType, caplog: pytest.LogCaptur
     plain = tower(zoo, reduction=True)
     fast = accelerate(copy.deepcopy(plain))
     images, _ = batch(1, 8)
-    close(fast.double()(images.double()).float(), plain.double()(images.double()).float(), "float64")
+    close(
+        fast.double()(images.double()).float(), plain.double()(images.double()).float(), "float64"
+    )
     fast.float()
     plain.float()
     cell, other = fast.cells[0], plain.cells[0]  # type: ignore[index]
@@ -420,6 +430,25 @@ def test_dtype_and_odd_calls_fall_back(zoo: ModuleType, caplog: pytest.LogCaptur
         cell(s0[:, :5], s1, weights)  # type: ignore[operator]
 
 
+def test_weights_as_a_list_of_vectors(zoo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    plain = zoo.SearchCell(ragged, steps=2, multiplier=2, strict=True)
+    fast = accelerate(copy.deepcopy(plain))
+    seen = calls_of(monkeypatch)
+    s0, s1 = torch.randn(2, 6, 8, 8), torch.randn(2, 8, 8, 8)
+    gradients = []
+    for cell in (plain, fast):
+        torch.manual_seed(0)
+        weights = [torch.full((size,), 0.3, requires_grad=True) for size in cell.sizes]
+        cell(s0, s1, weights).square().sum().backward()
+        gradients.append([w.grad for w in weights])
+    for got, wanted in zip(gradients[1], gradients[0], strict=True):
+        assert got is not None
+        assert wanted is not None
+        close(got, wanted, "weights", 2e-4)
+    assert seen
+
+
 def test_backward_twice_and_no_grad(zoo: ModuleType) -> None:
     plain = tower(zoo, names=ragged, rate=0.3)
     fast = accelerate(copy.deepcopy(plain))
@@ -430,8 +459,7 @@ def test_backward_twice_and_no_grad(zoo: ModuleType) -> None:
         loss.backward(retain_graph=True)
         loss.backward()
     for (name, p), q in zip(plain.named_parameters(), fast.parameters(), strict=True):
-        assert p.grad is not None and q.grad is not None
-        close(q.grad, p.grad, name, 2e-4)
+        close_gradients(q, p, name)
     with torch.inference_mode():
         assert not fast(images).requires_grad
 

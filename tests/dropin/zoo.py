@@ -108,12 +108,14 @@ def build(name: str, C: int, stride: int, affine: bool, rate: float = 0.0) -> nn
 
 
 class Mixed(nn.Module):
-    def __init__(self, ops: Sequence[nn.Module]) -> None:
+    def __init__(self, ops: Sequence[nn.Module], strict: bool = False) -> None:
         super().__init__()
         self.choices = nn.ModuleList(ops)
+        self.strict = strict
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-        return sum(w * op(x) for w, op in zip(weights, self.choices))  # type: ignore[return-value]
+        pairs = zip(weights, self.choices, strict=self.strict)
+        return sum(w * op(x) for w, op in pairs)  # type: ignore[return-value]
 
 
 class SearchCell(nn.Module):
@@ -131,18 +133,22 @@ class SearchCell(nn.Module):
         multiplier: int = 4,
         affine: bool = False,
         rate: float = 0.0,
+        strict: bool = False,
     ) -> None:
         super().__init__()
         self.reduction = reduction
         self.steps, self.multiplier = steps, multiplier
-        self.in0 = Reduce(C_in[0], C, affine) if reduction_prev else self._squeeze(C_in[0], C, affine)
+        self.in0 = (
+            Reduce(C_in[0], C, affine) if reduction_prev else self._squeeze(C_in[0], C, affine)
+        )
         self.in1 = self._squeeze(C_in[1], C, affine)
         self.edges = nn.ModuleList()
         for node in range(steps):
             for source in range(2 + node):
                 stride = 2 if reduction and source < 2 else 1
                 picked = names(len(self.edges))
-                self.edges.append(Mixed([build(n, C, stride, affine, rate) for n in picked]))
+                ops = [build(n, C, stride, affine, rate) for n in picked]
+                self.edges.append(Mixed(ops, strict))
 
     @staticmethod
     def _squeeze(C_in: int, C: int, affine: bool) -> nn.Module:
@@ -207,7 +213,9 @@ class DerivedCell(nn.Module):
         reduction_prev: bool = False,
     ) -> None:
         super().__init__()
-        self.in0 = Reduce(C_in[0], C, True) if reduction_prev else SearchCell._squeeze(C_in[0], C, True)
+        self.in0 = (
+            Reduce(C_in[0], C, True) if reduction_prev else SearchCell._squeeze(C_in[0], C, True)
+        )
         self.in1 = SearchCell._squeeze(C_in[1], C, True)
         self._steps = len(pairs) // 2
         self._concat = list(concat)

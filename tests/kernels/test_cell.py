@@ -34,7 +34,7 @@ CASES = {
 }
 # float32: a few roundings of sums over a hundred pixels. bfloat16 keeps 8 bits, and a cell chains
 # four roundings.
-FLOAT32, BFLOAT16 = 2e-5, 6e-2
+FLOAT32, BFLOAT16 = 5e-5, 6e-2
 
 
 @pytest.mark.parametrize("arguments", CASES.values(), ids=CASES.keys())
@@ -69,7 +69,9 @@ def test_amp_is_as_close_as_torch(
         assert off(got[key], want[key]) <= allowed, key
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     channels=st.integers(2, 20),
     live=st.integers(1, 8),
@@ -124,7 +126,9 @@ def test_large_means_lose_no_digits(make_case: Any, run: Any, close: Any, compil
 
 
 @pytest.mark.parametrize("layout", ["sliced", "channels-last", "transposed"])
-def test_any_memory_layout(make_case: Any, run: Any, close: Any, compiled: str, layout: str) -> None:
+def test_any_memory_layout(
+    make_case: Any, run: Any, close: Any, compiled: str, layout: str
+) -> None:
     case = make_case()
     cell, (s0, s1, weights) = case.cell(), case.inputs()
     want = run(cell, (s0, s1, weights), compiled, torch.float32)

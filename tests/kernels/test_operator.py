@@ -110,7 +110,8 @@ def test_gradients_nobody_asks_for_are_not_computed(
     trained = alphas if step == "alpha" else weights
     wanted = full.arch_parameters() if step == "alpha" else full.weight_parameters()
     for got, want in zip(trained, wanted, strict=True):
-        assert got.grad is not None and want.grad is not None
+        assert got.grad is not None
+        assert want.grad is not None
         torch.testing.assert_close(got.grad, want.grad, rtol=1e-3, atol=1e-5)
 
 
@@ -173,7 +174,7 @@ def test_double_backward_is_refused(compiled: str, make_case: Any) -> None:
     s1.requires_grad_()
     out = fused.run(compiled, cell, s0, s1, weights)
     (grad,) = torch.autograd.grad(out.sum(), s1, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative.*backend='reference'"):
+    with pytest.raises(RuntimeError, match=r"no second derivative.*backend='reference'"):
         grad.sum().backward()
 
 

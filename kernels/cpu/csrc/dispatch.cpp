@@ -8,8 +8,10 @@ namespace pdarts {
   extern const Variant table; \
   }
 
-#ifdef PDARTS_X86
+#ifdef PDARTS_HAS_AVX512
 PDARTS_DECLARE(avx512)
+#endif
+#ifdef PDARTS_HAS_AVX2
 PDARTS_DECLARE(avx2)
 #endif
 PDARTS_DECLARE(generic)
@@ -23,13 +25,17 @@ struct Entry {
 
 int64_t list(Entry* entries) {
   int64_t count = 0;
-#ifdef PDARTS_X86
+#if defined(PDARTS_HAS_AVX512) || defined(PDARTS_HAS_AVX2)
   __builtin_cpu_init();
   const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+#ifdef PDARTS_HAS_AVX512
   const bool wide = fma && __builtin_cpu_supports("avx512f") &&
                     __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512vl");
   entries[count++] = {&avx512::table, wide};
+#endif
+#ifdef PDARTS_HAS_AVX2
   entries[count++] = {&avx2::table, fma};
 #endif
   entries[count++] = {&generic::table, true};

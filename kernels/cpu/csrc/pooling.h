@@ -17,7 +17,7 @@ PDARTS_INLINE void for_each_tap(const Task& t, int64_t stride, int64_t row, F f)
     const int64_t h = row * stride + i - 1;
     if (h < 0 || h >= t.in_height) continue;
     for (int64_t j = 0; j < 3; ++j) {
-      const int64_t last = (t.in_width - j) / stride + 1;
+      const int64_t last = t.in_width < j ? 0 : (t.in_width - j) / stride + 1;
       f(i * 3 + j, h * t.in_width + j - 1, j == 0 ? 1 : 0, min_of(last, t.out_width));
     }
   }

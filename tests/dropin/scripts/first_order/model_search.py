@@ -1,3 +1,5 @@
+# Written as scripts of the field are.
+# ruff: noqa: B006, B905, UP
 """A supernet in the style of P-DARTS: switch tables, and dropout behind skips."""
 
 import numpy as np
@@ -33,8 +35,9 @@ class MixedOp(nn.Module):
 
 
 class Cell(nn.Module):
-    def __init__(self, C_prev_prev, C_prev, C, reduction, reduction_prev, switches, p):
+    def __init__(self, steps, C_prev_prev, C_prev, C, reduction, reduction_prev, switches, p):
         super().__init__()
+        self.steps = steps
         self.reduction = reduction
         self.p = p
         if reduction_prev:
@@ -43,7 +46,7 @@ class Cell(nn.Module):
             self.preprocess0 = ReLUConvBN(C_prev_prev, C, 1, 1, 0, affine=False)
         self.preprocess1 = ReLUConvBN(C_prev, C, 1, 1, 0, affine=False)
         self.cell_ops = nn.ModuleList()
-        for i in range(4):
+        for i in range(steps):
             for j in range(2 + i):
                 stride = 2 if reduction and j < 2 else 1
                 switch = switches[len(self.cell_ops)]
@@ -57,11 +60,11 @@ class Cell(nn.Module):
     def forward(self, s0, s1, weights):
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         first = 0
-        for _ in range(4):
+        for _ in range(self.steps):
             terms = [self.cell_ops[first + j](h, weights[first + j]) for j, h in enumerate(states)]
             first += len(states)
             states.append(sum(terms))
-        return torch.cat(states[-4:], dim=1)
+        return torch.cat(states[2:], dim=1)
 
 
 class Network(nn.Module):
@@ -92,11 +95,11 @@ class Network(nn.Module):
             reduction = i in (layers // 3, 2 * layers // 3)
             C = 2 * C if reduction else C
             switches = switches_reduce if reduction else switches_normal
-            self.cells.append(Cell(before, prev, C, reduction, reduced, switches, p))
+            self.cells.append(Cell(steps, before, prev, C, reduction, reduced, switches, p))
             before, prev, reduced = prev, multiplier * C, reduction
         self.global_pooling = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(prev, num_classes)
-        shape = (14, self.ops_alive)
+        shape = (len(switches_normal), self.ops_alive)
         self.alphas_normal = nn.Parameter(torch.FloatTensor(1e-3 * np.random.randn(*shape)))
         self.alphas_reduce = nn.Parameter(torch.FloatTensor(1e-3 * np.random.randn(*shape)))
 

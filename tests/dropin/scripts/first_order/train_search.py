@@ -1,3 +1,5 @@
+# Written as scripts of the field are.
+# ruff: noqa: B905, UP
 """A short first-order search in the style of P-DARTS: stages, switches, skip dropout."""
 
 import argparse
@@ -20,6 +22,7 @@ parser.add_argument("--seed", type=int, default=2)
 parser.add_argument("--batch_size", type=int, default=6)
 parser.add_argument("--steps", type=int, default=3, help="steps an epoch")
 parser.add_argument("--epochs", type=int, default=2)
+parser.add_argument("--nodes", type=int, default=4, help="nodes a cell")
 parser.add_argument("--init_channels", type=int, default=2)
 parser.add_argument("--image_size", type=int, default=8)
 parser.add_argument("--learning_rate", type=float, default=0.025)
@@ -73,8 +76,9 @@ def main():
     criterion = nn.CrossEntropyLoss().cuda()
     rates = [float(rate) for rate in args.dropout_rate] or [0.0, 0.5]
     layers = [int(count) for count in args.add_layers] or [0, 1]
-    normal = [[True] * len(PRIMITIVES) for _ in range(14)]
-    reduce = [[True] * len(PRIMITIVES) for _ in range(14)]
+    edges = sum(2 + i for i in range(args.nodes))
+    normal = [[True] * len(PRIMITIVES) for _ in range(edges)]
+    reduce = [[True] * len(PRIMITIVES) for _ in range(edges)]
     losses = []
     for stage, (rate, add) in enumerate(zip(rates, layers)):
         model = Network(
@@ -82,6 +86,8 @@ def main():
             4,
             3 + add,
             criterion,
+            steps=args.nodes,
+            multiplier=args.nodes,
             switches_normal=normal,
             switches_reduce=reduce,
             p=rate,

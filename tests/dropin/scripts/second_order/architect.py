@@ -1,3 +1,5 @@
+# Written as scripts of the field are.
+# ruff: noqa: B905, UP
 """The architecture step of DARTS, first or second order, by finite differences."""
 
 import copy

@@ -1,3 +1,5 @@
+# Written as scripts of the field are.
+# ruff: noqa: B905, UP
 """A supernet in the style of DARTS, with module names of its own."""
 
 import torch

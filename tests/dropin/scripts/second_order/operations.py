@@ -1,3 +1,5 @@
+# Written as scripts of the field are.
+
 """Candidate operations of a search in the style of DARTS."""
 
 import torch
@@ -17,9 +19,7 @@ def separable(C, kernel, stride, dilation):
 class Separable(nn.Module):
     def __init__(self, C, kernel, stride):
         super().__init__()
-        self.body = nn.Sequential(
-            *separable(C, kernel, stride, 1), *separable(C, kernel, 1, 1)
-        )
+        self.body = nn.Sequential(*separable(C, kernel, stride, 1), *separable(C, kernel, 1, 1))
 
     def forward(self, x):
         return self.body(x)

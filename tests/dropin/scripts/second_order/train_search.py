@@ -1,3 +1,5 @@
+# Written as scripts of the field are.
+
 """A short second-order search in the style of DARTS."""
 
 import argparse
@@ -20,6 +22,7 @@ parser.add_argument("--seed", type=int, default=2)
 parser.add_argument("--batch_size", type=int, default=6)
 parser.add_argument("--steps", type=int, default=3)
 parser.add_argument("--init_channels", type=int, default=2)
+parser.add_argument("--nodes", type=int, default=4)
 parser.add_argument("--layers", type=int, default=3)
 parser.add_argument("--image_size", type=int, default=8)
 parser.add_argument("--learning_rate", type=float, default=0.025)
@@ -41,7 +44,8 @@ def batch(step, offset):
 def main():
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
-    model = Network(args.init_channels, 4, args.layers, nn.CrossEntropyLoss())
+    criterion = nn.CrossEntropyLoss()
+    model = Network(args.init_channels, 4, args.layers, criterion, args.nodes, args.nodes)
     architect = Architect(model, args)
     optimizer = torch.optim.SGD(
         architect.weights(model), args.learning_rate, momentum=0.9, weight_decay=3e-4

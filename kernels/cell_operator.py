@@ -1,0 +1,351 @@
+"""A search cell as operators of torch: forward, backward, fake implementations, autograd.
+
+What happens inside ``pdarts_fast::cell_forward`` is invisible to tracing, so ``torch.compile`` and
+``torch.export`` see a cell as a single node. Running statistics are updated by an operator of
+their own, since only functional operators may have gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import moments
+from . import plan as plans
+from .cell_backward import Backward
+from .cell_forward import Forward
+from .cell_pass import Saved, state_size
+from .interface import Arrays, Backend
+from .plan import Plan
+from .reference import Reference
+from .weights import Weights, layout
+
+_BACKENDS: dict[str, Backend] = {"reference": Reference()}
+
+
+def register_backend(name: str, backend: Backend) -> None:
+    """Makes primitives available under a name that ``run`` accepts."""
+    _BACKENDS[name] = backend
+
+
+def backend_named(name: str) -> Backend:
+    """The primitives that ``register_backend`` was given under a name.
+
+    Raises:
+        KeyError: There are none.
+    """
+    return _BACKENDS[name]
+
+
+def _backend(name: str, dtype: torch.dtype) -> Backend:
+    """float64 goes through the reference primitives: kernels have float32 and bfloat16."""
+    return _BACKENDS["reference" if dtype == torch.float64 else name]
+
+
+def _output_size(plan: Plan, s1: Tensor) -> tuple[int, int, int]:
+    divisor = 2 if plan.reduction else 1
+    return s1.shape[0], -(-s1.shape[2] // divisor), -(-s1.shape[3] // divisor)
+
+
+def _as_rows(x: Tensor, dtype: torch.dtype, channels: int) -> Tensor:
+    """``[N, C, H, W]`` to contiguous ``[N, H, W, channels]``; no copy if it already is."""
+    rows = x.detach().to(dtype).permute(0, 2, 3, 1)
+    missing = channels - rows.shape[-1]
+    return F.pad(rows, (0, missing)) if missing else rows.contiguous()
+
+
+def _is_rows(x: Tensor, dtype: torch.dtype, channels: int) -> bool:
+    """Whether ``_as_rows`` copies nothing."""
+    rows = x.permute(0, 2, 3, 1)
+    return x.dtype == dtype and x.shape[1] == channels and rows.is_contiguous()
+
+
+def _whole_output(plan: Plan, channels: int) -> bool:
+    """Whether the array of the nodes is the output as it stands."""
+    return plan.multiplier == plan.steps and channels == plan.channels
+
+
+def _running_moments(plan: Plan, running: list[Tensor], channels: int) -> Tensor:
+    """Running means and variances as float64 ``[norms, 2, C]``."""
+    stats = running[0].new_zeros(len(plan.norms), 2, channels, dtype=torch.float64)
+    for i in range(len(plan.norms)):
+        stats[i, 0, : plan.channels] = running[2 * i]
+        stats[i, 1, : plan.channels] = running[2 * i + 1]
+    return stats
+
+
+Empty = Callable[[tuple[int, ...], Tensor, torch.dtype], Tensor]
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _fake_empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """``Backend.empty`` while tracing."""
+    return like.new_empty(shape, dtype=dtype)
+
+
+def _empty_outputs(
+    plan: Plan,
+    backend: Backend,
+    s0: Tensor,
+    s1: Tensor,
+    dtype: torch.dtype,
+    training: bool,
+    empty: Empty,
+) -> Outputs:
+    """Arrays for the results of ``cell_forward``, uninitialised, from ``empty``."""
+    batch, height, width = _output_size(plan, s1)
+    channels = backend.channels(plan.channels)
+    depths = [backend.channels(count) for count in plan.in_channels]
+    copies = [
+        empty((0,) if _is_rows(s, dtype, depth) else (s.shape[0], *s.shape[2:], depth), s1, dtype)
+        for s, depth in zip((s0, s1), depths, strict=True)
+    ]
+    states = [
+        empty((batch, *state_size(plan, which, *s.shape[2:]), channels), s1, dtype)
+        for which, s in enumerate((s0, s1))
+    ]
+    nodes = empty((batch, height, width, plan.steps * channels), s1, dtype)
+    slots = empty((plan.num_slots, batch, height, width, channels), s1, dtype)
+    rows = plan.num_slots + 2 if training else len(plan.norms)
+    norms = s1.new_empty((rows, 2, channels), dtype=torch.float64)
+    if _whole_output(plan, channels):
+        out, nodes = nodes.permute(0, 3, 1, 2), nodes.new_empty(0)
+    else:
+        shape = (batch, height, width, plan.multiplier * plan.channels)
+        out = empty(shape, s1, dtype).permute(0, 3, 1, 2)
+    rate = s1.new_empty(1, dtype=torch.float32)
+    stats = torch.empty_like(norms)
+    return (out, *copies, *states, nodes, slots, norms, stats, rate)  # type: ignore[return-value]
+
+
+def _saved(s0: Tensor, s1: Tensor, outputs: Sequence[Tensor]) -> Saved:
+    """The arrays of the backward pass, where outputs hold no copy from what they alias."""
+    out, copy0, copy1, state0, state1, nodes, slots, norms, *_ = outputs
+    inputs = [
+        copy if copy.numel() else s.detach().permute(0, 2, 3, 1)
+        for s, copy in zip((s0, s1), (copy0, copy1), strict=True)
+    ]
+    if not nodes.numel():
+        nodes = out.detach().permute(0, 2, 3, 1)
+    return Saved((inputs[0], inputs[1]), (state0, state1), nodes, slots, norms)
+
+
+def _arrays(
+    plan: Plan,
+    primitives: Backend,
+    saved: Saved,
+    weights: Sequence[Tensor],
+    dropout: tuple[Tensor, Tensor],
+    training: bool,
+    want_gradients: bool,
+) -> Arrays:
+    """What the primitives work on; ``dropout`` is rate and state."""
+    depths = (saved.inputs[0].shape[-1], saved.inputs[1].shape[-1])
+    where = layout(plan.key, saved.slots.shape[-1], depths)
+    dtype = primitives.coefficient_dtype(saved.slots.dtype)
+    return Arrays(
+        y=saved.slots,
+        states=saved.all_states(plan.steps),
+        weights=Weights(where, weights, dtype, want_gradients),
+        rate=dropout[0],
+        state=dropout[1],
+        channels=plan.channels,
+        training=training,
+        grads=[],
+    )
+
+
+def _write_output(plan: Plan, nodes: Tensor, out: Tensor) -> None:
+    """Copies the last nodes, without padding, into the output ``[N, C, H, W]``."""
+    by_node = nodes.unflatten(-1, (plan.steps, -1))
+    kept = by_node[..., plan.steps - plan.multiplier :, : plan.channels]
+    out.permute(0, 2, 3, 1).copy_(kept.flatten(-2))
+
+
+@torch.library.custom_op("pdarts_fast::cell_forward", mutates_args=())
+def cell_forward(
+    s0: Tensor,
+    s1: Tensor,
+    alphas: Tensor,
+    weights: list[Tensor],
+    running: list[Tensor],
+    rate: Tensor,
+    state: Tensor,
+    key: str,
+    backend: str,
+    training: bool,
+    dtype: torch.dtype,
+) -> Outputs:
+    """A cell of the plan ``key``: output, then what the backward pass reads (``_saved``)."""
+    plan, primitives = plans.from_key(key), _backend(backend, dtype)
+    outputs = _empty_outputs(plan, primitives, s0, s1, dtype, training, primitives.empty)
+    channels = primitives.channels(plan.channels)
+    for s, copy, count in zip((s0, s1), outputs[1:3], plan.in_channels, strict=True):
+        if copy.numel():
+            copy.copy_(_as_rows(s, dtype, primitives.channels(count)))
+    saved = _saved(s0, s1, outputs)
+    if not training:
+        running_moments = _running_moments(plan, running, channels)
+        saved.norms.copy_(moments.normalisation(running_moments))
+    outputs[9].copy_(rate)
+    arrays = _arrays(plan, primitives, saved, weights, (rate, state), training, False)
+    Forward(primitives, plan, saved, arrays, alphas).run(outputs[8])
+    if not _whole_output(plan, channels):
+        _write_output(plan, saved.nodes, outputs[0])
+    return outputs
+
+
+@cell_forward.register_fake
+def _(s0, s1, alphas, weights, running, rate, state, key, backend, training, dtype):
+    plan, primitives = plans.from_key(key), _backend(backend, dtype)
+    return _empty_outputs(plan, primitives, s0, s1, dtype, training, _fake_empty)
+
+
+@torch.library.custom_op("pdarts_fast::cell_backward", mutates_args=())
+def cell_backward(
+    grad: Tensor,
+    s0: Tensor,
+    s1: Tensor,
+    alphas: Tensor,
+    weights: list[Tensor],
+    outputs: list[Tensor],
+    state: Tensor,
+    key: str,
+    backend: str,
+    training: bool,
+    wants: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of both inputs, the alphas and the weights (flat); empty where not in ``wants``."""
+    plan, dtype = plans.from_key(key), outputs[3].dtype
+    primitives = _backend(backend, dtype)
+    results = _empty_gradients(s0, s1, alphas, weights, wants, primitives.empty)
+    saved = _saved(s0, s1, outputs)
+    dropout = (outputs[9], state)
+    arrays = _arrays(plan, primitives, saved, weights, dropout, training, wants[3])
+    backward = Backward(primitives, plan, saved, arrays, alphas)
+    grads = backward.run(_node_gradients(plan, grad, saved), (wants[0], wants[1]), wants[3])
+    for result, rows, want in zip(results, grads, wants[:2], strict=False):
+        if want and rows is not None:
+            result.permute(0, 2, 3, 1).copy_(rows[..., : result.shape[1]])
+    if wants[2]:
+        results[2].copy_(backward.grad_alphas.view(alphas.shape))
+    if wants[3]:
+        results[3].copy_(arrays.weights.gradient())
+    return results
+
+
+def _node_gradients(plan: Plan, grad: Tensor, saved: Saved) -> Tensor:
+    """Gradient of the output as one of all nodes, ``[N, H, W, steps * C]``."""
+    channels = saved.slots.shape[-1]
+    rows = grad.to(saved.slots.dtype).permute(0, 2, 3, 1)
+    if _whole_output(plan, channels):
+        return rows.contiguous()
+    full = rows.new_zeros(*rows.shape[:3], plan.steps, channels)
+    by_node = rows.unflatten(-1, (plan.multiplier, plan.channels))
+    full[..., plan.steps - plan.multiplier :, : plan.channels] = by_node
+    return full.flatten(-2)
+
+
+def _empty_gradients(
+    s0: Tensor,
+    s1: Tensor,
+    alphas: Tensor,
+    weights: list[Tensor],
+    wants: list[bool],
+    empty: Empty,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    nothing = torch.Size([0])
+    total = sum(weight.numel() for weight in weights)
+    inputs = [
+        empty((s.shape[0], *s.shape[2:], s.shape[1]), s, s.dtype).permute(0, 3, 1, 2)
+        if want
+        else s.new_empty(nothing)
+        for s, want in zip((s0, s1), wants[:2], strict=True)
+    ]
+    grad_alphas = alphas.new_empty(alphas.shape if wants[2] else nothing)
+    flat = weights[0].new_empty(total if wants[3] else nothing)
+    return inputs[0], inputs[1], grad_alphas, flat
+
+
+@cell_backward.register_fake
+def _(grad, s0, s1, alphas, weights, outputs, state, key, backend, training, wants):
+    return _empty_gradients(s0, s1, alphas, weights, wants, _fake_empty)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    s0, s1, alphas, weights, _, _, state, key, backend, training, _ = inputs
+    ctx.save_for_backward(s0, s1, alphas, state.clone(), *output, *weights)
+    ctx.num_outputs, ctx.num_running = len(output), len(inputs[4])
+    ctx.key, ctx.backend, ctx.training = key, backend, training
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx, grad, *_):
+    s0, s1, alphas, state, *rest = ctx.saved_tensors
+    outputs, weights = rest[: ctx.num_outputs], rest[ctx.num_outputs :]
+    nothing = [None] * ctx.num_running
+    if grad is None:
+        return None, None, None, [None] * len(weights), nothing, *[None] * 6
+    want0, want1, want_alphas, want_weights = ctx.needs_input_grad[:4]
+    wants = [want0, want1, want_alphas, any(want_weights)]
+    grad0, grad1, grad_alphas, flat = torch.ops.pdarts_fast.cell_backward(
+        grad, s0, s1, alphas, weights, outputs, state, ctx.key, ctx.backend, ctx.training, wants
+    )
+    grads: list[Tensor | None] = [None] * len(weights)
+    if wants[3]:
+        parts = flat.split([weight.numel() for weight in weights])
+        grads = [
+            part.view(weight.shape) if want else None
+            for part, weight, want in zip(parts, weights, want_weights, strict=True)
+        ]
+    return (
+        grad0 if want0 else None,
+        grad1 if want1 else None,
+        grad_alphas if want_alphas else None,
+        grads,
+        nothing,
+        *[None] * 6,
+    )
+
+
+def _no_double_backward(ctx, *grads):
+    raise RuntimeError(
+        "the fused search cell has no second derivative; build the network with "
+        "backend='reference' to differentiate its gradients"
+    )
+
+
+cell_forward.register_autograd(_backward, setup_context=_setup_context)
+cell_backward.register_autograd(_no_double_backward, setup_context=lambda ctx, inputs, output: None)
+
+
+@torch.library.custom_op("pdarts_fast::update_running", mutates_args=("running", "batches"))
+def update_running(
+    running: list[Tensor], batches: list[Tensor], stats: Tensor, key: str, counts: list[int]
+) -> None:
+    """Moves running means and variances (alternately, by norm) towards those of the batch.
+
+    Args:
+        running: ``[C]`` each.
+        batches: Counters, int64 scalars.
+        stats: float64 ``[slots + 2, 2, C]`` of ``cell_forward``.
+        key: The plan.
+        counts: M of the cell's slots, and of its preprocessed inputs.
+    """
+    plan = plans.from_key(key)
+    targets = stats[..., : plan.channels].clone()
+    for rows, count in zip(targets.split([plan.num_slots, 2]), counts, strict=True):
+        rows[:, 1] = moments.unbiased(rows[:, 1], count)
+    flat = targets.to(running[0].dtype).flatten(0, 1).unbind()
+    picked = [flat[2 * slot + i] for slot in plan.norm_slots for i in (0, 1)]
+    torch._foreach_lerp_(running, picked, moments.MOMENTUM)
+    torch._foreach_add_(batches, 1)
+
+
+@update_running.register_fake
+def _(running, batches, stats, key, counts):
+    return None

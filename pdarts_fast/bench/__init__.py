@@ -1,0 +1,1 @@
+"""Measuring the search network against the published graph; behind the bench command."""

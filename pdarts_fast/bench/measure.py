@@ -1,0 +1,80 @@
+"""Timing rivals fairly on a machine that others use too, and what the machine itself can do."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of repeated calls."""
+
+    best: float
+    median: float
+    repeats: int
+
+
+def interleaved(rivals: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
+    """Times rivals in turns, after one call of each to warm up.
+
+    A busy neighbour then slows all of them and not one.
+
+    Args:
+        rivals: Calls by name.
+        repeats: Rounds.
+    """
+    for call in rivals.values():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+    for _ in range(repeats):
+        for name, call in rivals.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return {
+        name: Timing(min(values), statistics.median(values), repeats)
+        for name, values in seconds.items()
+    }
+
+
+def matmul_rate(size: int = 1024, repeats: int = 5) -> float:
+    """FLOP/s of a large float32 matrix product: what arithmetic can reach here."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    timing = interleaved({"product": lambda: a @ b}, repeats)["product"]
+    return 2 * size**3 / timing.best
+
+
+def copy_rate(mebibytes: int = 128, repeats: int = 5) -> float:
+    """Bytes/s read plus written by a stream copy: what memory can reach here."""
+    source = torch.zeros(mebibytes << 18)
+    target = torch.empty_like(source)
+    timing = interleaved({"copy": lambda: target.copy_(source)}, repeats)["copy"]
+    return 2 * source.nbytes / timing.best
+
+
+def saved_bytes(network: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Bytes that a forward pass keeps for its backward pass, without parameters and buffers.
+
+    Args:
+        network: Whose parameters and buffers do not count.
+        forward: Runs it.
+    """
+    own = {t.untyped_storage().data_ptr() for t in (*network.parameters(), *network.buffers())}
+    storages: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        kept = forward()
+    del kept
+    return sum(storages.values())

@@ -1,0 +1,115 @@
+"""Networks of a stage that do the same work: the published graph and the fused cells."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pdarts_fast.config import SearchConfig
+from pdarts_fast.step import SearchStep
+from pdarts_fast.supernet import Network
+
+CELLS = {1: 5, 2: 11, 3: 17}
+LIVE = {1: 8, 2: 5, 3: 3}
+PUBLISHED, PUBLISHED_LAST = "published", "published channels-last"
+
+
+def switch_tables(stage: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Random tables, bool ``[14, 8]``, with as many live primitives as a stage has."""
+    rng = np.random.default_rng(seed)
+    tables = np.zeros((2, 14, 8), dtype=bool)
+    for row in tables.reshape(-1, 8):
+        row[rng.choice(8, LIVE[stage], replace=False)] = True
+    return tables[0], tables[1]
+
+
+def network(stage: int, backend: str, channels: int = 16) -> Network:
+    """The supernet of a CIFAR-10 stage, always with the same weights."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    normal, reduce = switch_tables(stage)
+    return Network(
+        channels,
+        10,
+        CELLS[stage],
+        F.cross_entropy,
+        switches_normal=normal,
+        switches_reduce=reduce,
+        backend=backend,
+    )
+
+
+@dataclass
+class Rival:
+    """A network with its input in its layout.
+
+    Attributes:
+        amp: Autocast to bfloat16.
+    """
+
+    network: Network
+    images: Tensor
+    labels: Tensor
+    amp: bool = False
+
+    def loss(self) -> Tensor:
+        """Mean cross-entropy of the batch."""
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.amp):
+            logits = self.network(self.images)
+        return F.cross_entropy(logits.float(), self.labels)
+
+    def forward_backward(self) -> None:
+        """One pass that computes every gradient."""
+        self.network.zero_grad(set_to_none=True)
+        self.loss().backward()
+
+
+def make(stage: int, batch: int, backend: str) -> dict[str, Rival]:
+    """The rivals of a stage by name, on CIFAR-sized noise."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, 3, 32, 32, generator=generator)
+    labels = torch.arange(batch) % 10
+    last = images.to(memory_format=torch.channels_last)
+    fused = network(stage, backend)
+    published = network(stage, "reference")
+    channels_last = copy.deepcopy(published).to(memory_format=torch.channels_last)
+    return {
+        PUBLISHED: Rival(published, images, labels),
+        PUBLISHED_LAST: Rival(channels_last, last, labels),
+        backend: Rival(fused, last, labels),
+        f"{backend} amp": Rival(copy.deepcopy(fused), last, labels, amp=True),
+    }
+
+
+def published_bilevel(rival: Rival, config: SearchConfig) -> Callable[[], None]:
+    """The published procedure: both steps compute all gradients, one optimiser uses its half."""
+    net = rival.network
+    weights, alphas = net.weight_parameters(), net.arch_parameters()
+    optimizers = [
+        torch.optim.Adam(alphas, config.alpha_lr, config.alpha_betas, weight_decay=1e-3),
+        torch.optim.SGD(weights, config.lr, config.momentum, weight_decay=config.weight_decay),
+    ]
+
+    def step() -> None:
+        for parameters, optimizer in zip((alphas, weights), optimizers, strict=True):
+            optimizer.zero_grad(set_to_none=True)
+            rival.loss().backward()
+            nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+            optimizer.step()
+
+    return step
+
+
+def own_steps(rival: Rival, config: SearchConfig) -> tuple[Callable[[], None], Callable[[], None]]:
+    """This program's alpha step and weight step."""
+    step = SearchStep(rival.network, config, torch.device("cpu"))
+    return (
+        lambda: step.alpha_step(rival.images, rival.labels, 0),
+        lambda: step.weight_step(rival.images, rival.labels, 0),
+    )

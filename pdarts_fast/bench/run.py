@@ -1,0 +1,193 @@
+"""The bench command: the search network of every stage against the published graph."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from pdarts_fast.bench import accuracy, measure, primitives, rivals
+from pdarts_fast.config import SearchConfig
+from pdarts_fast.errors import UsageError
+from pdarts_fast.kernels import backends
+from pdarts_fast.kernels import cell as fused
+from pdarts_fast.run.environment import cpu_name, usable_cores, versions
+
+# A CIFAR-10 search: steps an epoch, epochs with weights only, epochs with both steps; batch 96.
+STEPS, WEIGHT_EPOCHS, BOTH_EPOCHS, BATCH = 261, 10, 15, 96
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to measure.
+
+    Attributes:
+        stages: Of 1, 2, 3.
+        batch: Images in a batch.
+        repeats: Rounds in which all rivals take turns.
+        backend: Rival of the published graph.
+        quick: Batch 8, two rounds, no published bilevel step: minutes instead of an hour.
+        accuracy: Compare with float64 too.
+        json: Also write all numbers to this file.
+    """
+
+    stages: tuple[int, ...] = (1, 2, 3)
+    batch: int = 32
+    repeats: int = 3
+    backend: str = "cpu"
+    quick: bool = False
+    accuracy: bool = True
+    json: Path | None = None
+
+
+def _check(options: BenchOptions) -> None:
+    for stage in options.stages:
+        if stage not in rivals.CELLS:
+            raise UsageError(f"--stages {stage}: stages are 1, 2 and 3")
+    for name in ("batch", "repeats"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name} {getattr(options, name)}: must be at least 1")
+    if options.backend == backends.REFERENCE:
+        raise UsageError("--backend reference is the published graph itself; choose a fused one")
+    backends.check(options.backend)
+
+
+def _stage(options: BenchOptions, stage: int, batch: int, repeats: int) -> dict[str, Any]:
+    """All numbers of one stage."""
+    made = rivals.make(stage, batch, options.backend)
+    own = made[options.backend]
+    saved = {name: measure.saved_bytes(r.network, r.loss) for name, r in made.items()}
+    calls = {name: rival.forward_backward for name, rival in made.items()}
+    passes = measure.interleaved(calls, repeats)
+    config = SearchConfig()
+    alpha, weight = rivals.own_steps(own, config)
+    amp_alpha, amp_weight = rivals.own_steps(made[f"{options.backend} amp"], config)
+
+    def bilevel() -> None:
+        alpha()
+        weight()
+
+    steps = {
+        "alpha step": alpha,
+        "weight step": weight,
+        "bilevel step": bilevel,
+        "amp alpha step": amp_alpha,
+        "amp weight step": amp_weight,
+    }
+    if not options.quick:
+        published = rivals.published_bilevel(made[rivals.PUBLISHED], config)
+        steps["published bilevel step"] = published
+    timed = measure.interleaved(steps, repeats)
+    with primitives.recording(fused.backend_named(options.backend)) as costs:
+        for parameter in own.network.parameters():
+            parameter.requires_grad_(True)
+        own.forward_backward()
+    return {
+        "stage": stage,
+        "batch": batch,
+        "passes": {name: asdict(timing) for name, timing in passes.items()},
+        "steps": {name: asdict(timing) for name, timing in timed.items()},
+        "saved_bytes": saved,
+        "primitives": {name: asdict(cost) for name, cost in costs.items()},
+    }
+
+
+def projected_seconds(results: list[dict[str, Any]], prefix: str = "") -> float | None:
+    """Seconds of a whole CIFAR-10 search at batch 96, steps alone; None without all stages."""
+    if {result["stage"] for result in results} != {1, 2, 3}:
+        return None
+    total = 0.0
+    for result in results:
+        scale = BATCH / result["batch"]
+        weight = result["steps"][f"{prefix}weight step"]["median"] * scale
+        alpha = result["steps"][f"{prefix}alpha step"]["median"] * scale
+        total += STEPS * ((WEIGHT_EPOCHS + BOTH_EPOCHS) * weight + BOTH_EPOCHS * alpha)
+    return total
+
+
+def _print_stage(console: Console, options: BenchOptions, result: dict[str, Any]) -> None:
+    passes, steps = result["passes"], result["steps"]
+    table = Table(title=f"stage {result['stage']}, batch {result['batch']}", title_justify="left")
+    for heading in ("forward + backward", "ms", "vs published", "vs channels-last", "saved MiB"):
+        table.add_column(heading, justify="left" if heading == "forward + backward" else "right")
+    for name, timing in passes.items():
+        ratios = [
+            passes[rival]["median"] / timing["median"]
+            for rival in (rivals.PUBLISHED, rivals.PUBLISHED_LAST)
+        ]
+        table.add_row(
+            name,
+            f"{timing['median'] * 1e3:.0f}",
+            *(f"{ratio:.1f}×" for ratio in ratios),
+            f"{result['saved_bytes'][name] / 2**20:.0f}",
+        )
+    console.print(table)
+    line = ", ".join(f"{name} {timing['median'] * 1e3:.0f} ms" for name, timing in steps.items())
+    if "published bilevel step" in steps:
+        ratio = steps["published bilevel step"]["median"] / steps["bilevel step"]["median"]
+        line += f"; bilevel {ratio:.1f}×"
+    console.print(line)
+    table = Table(title=f"primitives of {options.backend}, one pass", title_justify="left")
+    for heading in ("primitive", "calls", "ms", "GFLOP/s", "GB/s"):
+        table.add_column(heading, justify="left" if heading == "primitive" else "right")
+    for name, cost in result["primitives"].items():
+        seconds = cost["seconds"]
+        table.add_row(
+            name,
+            str(cost["calls"]),
+            f"{seconds * 1e3:.1f}",
+            f"{cost['flops'] / seconds / 1e9:.0f}",
+            f"{cost['bytes'] / seconds / 1e9:.1f}",
+        )
+    console.print(table)
+
+
+def run_bench(options: BenchOptions) -> dict[str, Any]:
+    """Measures, prints tables to standard output and returns all numbers.
+
+    Raises:
+        UsageError: An option is out of its range or the backend is not usable.
+    """
+    _check(options)
+    console = Console(file=sys.stdout, highlight=False)
+    batch = 8 if options.quick else options.batch
+    repeats = 2 if options.quick else options.repeats
+    report: dict[str, Any] = {
+        "machine": {"cpu": cpu_name(), "cores": usable_cores(), "threads": torch.get_num_threads()},
+        "versions": versions(),
+        "backend": backends.available()[options.backend].reason,
+        "matmul_flops": measure.matmul_rate(),
+        "copy_bytes": measure.copy_rate(),
+        "stages": [],
+    }
+    console.print(
+        f"{cpu_name()}, {torch.get_num_threads()} threads; {report['backend']}; a large matrix "
+        f"product reaches {report['matmul_flops'] / 1e9:.0f} GFLOP/s, a stream copy "
+        f"{report['copy_bytes'] / 1e9:.1f} GB/s"
+    )
+    for stage in options.stages:
+        result = _stage(options, stage, batch, repeats)
+        if options.accuracy:
+            result["errors"] = accuracy.errors(stage, min(batch, 8), options.backend)
+        report["stages"].append(result)
+        _print_stage(console, options, result)
+        for name, found in result.get("errors", {}).items():
+            text = ", ".join(f"{key} {value:.1e}" for key, value in found.items())
+            console.print(f"error against float64, {name}: {text}")
+    for name, prefix in (("float32", ""), ("amp", "amp ")):
+        seconds = projected_seconds(report["stages"], prefix)
+        report[f"projected_seconds_{name}"] = seconds
+        if seconds is not None:
+            console.print(
+                f"projected: a whole CIFAR-10 search in {name} takes {seconds / 3600:.1f} hours "
+                "here (31,320 passes at batch 96)"
+            )
+    if options.json is not None:
+        options.json.write_text(json.dumps(report, indent=1))
+    return report

@@ -1,0 +1,105 @@
+"""Finding, choosing and building the compiled library."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pdarts_fast.kernels.cpu import compile as compiler
+from pdarts_fast.kernels.cpu import library, load
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def test_a_missing_library_is_a_reason_and_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "candidates", lambda: iter([Path("/nonexistent/_kernels.so")]))
+    monkeypatch.delenv(library.PATH_VARIABLE, raising=False)
+    with pytest.raises(library.LibraryError, match=r"not built: install a C\+\+17 compiler"):
+        library.load()
+
+
+def test_a_broken_library_is_a_reason(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"not a library")
+    code = "from pdarts_fast.kernels.cpu import load; print(load.availability())"
+    found = python(code, **{library.PATH_VARIABLE: str(broken)})
+    assert "usable=False" in found.stdout
+    assert "does not load" in found.stdout
+
+
+def test_the_installed_copy_is_found_behind_a_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(library.PATH_VARIABLE, raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    wanted = tmp_path / "pdarts_fast" / "kernels" / "cpu" / library.FILE_NAME
+    assert wanted in list(library.candidates())
+
+
+def test_variants_are_listed_best_first(compiled: str) -> None:
+    found = library.load()
+    names = [name for name, _, _ in library.variants(found.handle)]
+    assert names[-1] == "generic"
+    assert found.variant in names
+    assert load.status().startswith(found.variant)
+
+
+def test_an_unknown_variant_is_refused(compiled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(library.VARIANT_VARIABLE, "avx9000")
+    with pytest.raises(library.LibraryError, match="PDARTS_FAST_CPU_VARIANT=avx9000"):
+        library.load()
+
+
+def test_no_compiler_is_a_clear_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", "/nonexistent/compiler")
+    with pytest.raises(RuntimeError, match="no C\\+\\+17 compiler"):
+        compiler.build(tmp_path / "library.so")
+
+
+@pytest.mark.parametrize("variant", ["generic"])
+def test_another_variant_passes_the_cell_tests(compiled: str, variant: str) -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "tests/kernels/test_cell.py", "-k", "float32"],
+        cwd=ROOT,
+        env={**os.environ, library.VARIANT_VARIABLE: variant},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert found.returncode == 0, found.stdout[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(compiler.find_compiler() is None, reason="needs a C++ compiler: install g++")
+@pytest.mark.parametrize("width", [16], ids=lambda width: f"width-{width}")
+def test_the_wide_code_passes_the_cell_tests(tmp_path: Path, width: int) -> None:
+    """The code of the 16-wide variant, compiled for AVX2, so that any processor can run it."""
+    built = compiler.build(tmp_path / "wide.so", force_width=width, only=("avx2",))
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "tests/kernels/test_cell.py", "-k", "float32"],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            library.PATH_VARIABLE: str(built),
+            library.VARIANT_VARIABLE: "avx2",
+        },
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert found.returncode == 0, found.stdout[-2000:]

@@ -1,0 +1,271 @@
+"""Every compiled primitive against its plain torch version in float64, on arbitrary arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pdarts_fast.kernels import calls, plan
+from pdarts_fast.kernels import cell as fused
+from pdarts_fast.kernels.calls import Call, CellCalls
+from pdarts_fast.kernels.interface import Arrays
+from pdarts_fast.kernels.reference import Reference
+from pdarts_fast.kernels.weights import Weights, layout
+
+pytestmark = pytest.mark.usefixtures("one_thread", "compiled")
+
+SIZES = {
+    "8x8": (3, 8, 8),
+    "odd": (2, 5, 7),
+    "one-row": (1, 1, 11),
+    "one-column": (2, 9, 1),
+    "wide": (1, 3, 67),
+}
+CHANNELS = [16, 48]
+
+
+class Bench:
+    """The same random arrays for both sets of primitives.
+
+    Attributes:
+        calls: Of a cell with every primitive on every edge.
+        out: Height and width of an output.
+    """
+
+    def __init__(self, channels: int, size: tuple[int, int, int], reduction: bool) -> None:
+        batch, height, width = size
+        self.key = plan.make_key(
+            [[True] * 8] * 14,
+            channels=channels,
+            in_channels=(2 * channels, 4 * channels),
+            reduction=reduction,
+            reduction_prev=True,
+            steps=4,
+            multiplier=4,
+            index=2,
+            dropout=True,
+        )
+        self.plan = plan.from_key(self.key)
+        self.calls: CellCalls = calls.of(self.key)
+        self.channels = channels
+        self.larger = (batch, height, width, channels)
+        divisor = 2 if reduction else 1
+        self.smaller = (batch, -(-height // divisor), -(-width // divisor), channels)
+        torch.manual_seed(0)
+        where = layout(self.key, channels, self.plan.in_channels)
+        self.flat = torch.randn(where.total).double() * 0.3
+        shape = self.smaller
+        self.y = torch.randn(self.plan.num_slots, *shape).double()
+        self.states = [torch.randn(*(self.larger if i < 2 else shape)).double() for i in range(6)]
+        self.grads = [torch.randn(*shape).double() for _ in range(4)]
+        self.half_grads = torch.randn(self.calls.num_halves, *shape).double()
+        # The backward pass of a maximum compares x with y: y must be what it would be in a cell.
+        arrays = self.arrays(torch.float64)
+        for source, call in enumerate(self.calls.leave):
+            sums = torch.zeros(len(call.items), 2, channels, dtype=torch.float64)
+            Reference().fan_out(call, arrays, arrays.states[source], sums)
+        self.y = arrays.y
+
+    def random(self, *shape: int) -> Tensor:
+        """float64 noise that depends on the shape alone."""
+        return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).double()
+
+    def arrays(self, dtype: torch.dtype, want_gradients: bool = True) -> Arrays:
+        """Copies of the arrays in a storage dtype."""
+        where = layout(self.key, self.channels, self.plan.in_channels)
+        weights = _weights(where, self.flat)
+        weights.flat = self.flat.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        weights.grad = torch.zeros_like(weights.flat) if want_gradients else None
+        return Arrays(
+            y=self.y.to(dtype, copy=True),
+            states=[state.to(dtype, copy=True) for state in self.states],
+            weights=weights,
+            rate=torch.tensor([0.25]),
+            state=torch.tensor([3, 4]),
+            channels=self.channels,
+            training=True,
+            grads=[grad.to(dtype) for grad in self.grads],
+            half_grads=self.half_grads.to(dtype, copy=True),
+        )
+
+
+def _weights(where: Any, flat: Tensor) -> Weights:
+    weights = Weights.__new__(Weights)
+    weights.layout, weights.flat, weights.grad = where, flat, None
+    return weights
+
+
+Run = Callable[[Any, Arrays, Callable[[Tensor], Tensor]], dict[str, Tensor]]
+
+
+def compare(bench: Bench, run: Run, tolerance: float = 2e-5, **kwargs: Any) -> None:
+    """Runs a primitive of both sets; every tensor that ``run`` returns must agree."""
+    exact = bench.arrays(torch.float64, **kwargs)
+    want = run(Reference(), exact, lambda x: x.clone())
+    arrays = bench.arrays(torch.float32, **kwargs)
+    got = run(fused.backend_named("cpu"), arrays, lambda x: x.float().contiguous())
+    for name, value in want.items():
+        scale = value.abs().max().clamp_min(1e-3)
+        off = ((got[name].double() - value).abs().max() / scale).item()
+        assert off <= tolerance, f"{name}: {off:.1e}"
+
+
+def sums_like(call: Call, *shape: int) -> Tensor:
+    return torch.zeros(len(call.items), *shape, dtype=torch.float64)
+
+
+@pytest.fixture(params=[False, True], ids=["normal", "reduction"])
+def reduction(request: Any) -> bool:
+    return request.param
+
+
+@pytest.fixture(params=SIZES.values(), ids=SIZES.keys())
+def size(request: Any) -> tuple[int, int, int]:
+    return request.param
+
+
+@pytest.fixture(params=CHANNELS, ids=lambda c: f"c{c}")
+def bench(request: Any, size: tuple[int, int, int], reduction: bool) -> Bench:
+    return Bench(request.param, size, reduction)
+
+
+def test_fan_out(bench: Bench) -> None:
+    call = bench.calls.leave[0]
+
+    def run(backend: Any, arrays: Arrays, cast: Any) -> dict[str, Tensor]:
+        sums = sums_like(call, 2, bench.channels)
+        backend.fan_out(call, arrays, arrays.states[0], sums)
+        return {"y": arrays.y[call.slots], "mean": sums[:, 0], "variance": sums[:, 1]}
+
+    compare(bench, run)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["factorized", "pointwise"])
+def test_inputs(bench: Bench, which: int) -> None:
+    call = bench.calls.inputs[which]
+    batch, height, width, channels = bench.larger
+    divisor = 2 if which == 0 else 1
+    x = bench.random(batch, height, width, (2, 4)[which] * channels)
+    shape = (batch, -(-height // divisor), -(-width // divisor), channels)
+    coef, grad, y = bench.random(1, 3, channels), bench.random(*shape), bench.random(1, *shape)
+
+    def run(backend: Any, arrays: Arrays, cast: Any) -> dict[str, Tensor]:
+        arrays.y, arrays.grads = cast(y), [cast(grad)]
+        sums, out = sums_like(call, 2, channels), cast(x)
+        backend.fan_in(call, arrays, cast(x), cast(coef), None, out)
+        backend.fan_out(call, arrays, cast(x), sums)
+        assert arrays.weights.grad is not None
+        return {"y": arrays.y, "moments": sums, "dx": out, "dw": arrays.weights.grad}
+
+    compare(bench, run)
+
+
+def test_mid(bench: Bench) -> None:
+    call = bench.calls.second[1]
+    scale, shift = bench.random(len(call.items), bench.channels), bench.random(1, bench.channels)
+
+    def run(backend: Any, arrays: Arrays, cast: Any) -> dict[str, Tensor]:
+        sums = sums_like(call, 2, bench.channels)
+        shifts = cast(shift.expand(scale.shape))
+        backend.mid(call, arrays, cast(scale), shifts, sums)
+        return {"y": arrays.y[call.slots], "mean": sums[:, 0], "variance": sums[:, 1]}
+
+    compare(bench, run)
+
+
+def test_affine(bench: Bench) -> None:
+    scale, shift = bench.random(bench.channels), bench.random(bench.channels) + 1
+
+    def run(backend: Any, arrays: Arrays, cast: Any) -> dict[str, Tensor]:
+        backend.affine_(arrays.states[0], cast(scale), cast(shift))
+        return {"state": arrays.states[0]}
+
+    compare(bench, run)
+
+
+def test_mix_and_its_dropout() -> None:
+    bench = Bench(16, (3, 6, 5), reduction=False)
+    call = bench.calls.both[3]
+    scale, shift = bench.random(len(call.items), 16), bench.random(16)
+
+    def run(backend: Any, arrays: Arrays, cast: Any) -> dict[str, Tensor]:
+        nodes = torch.zeros(3, 6, 5, 64, dtype=arrays.y.dtype)
+        backend.mix(call, arrays, cast(scale), cast(shift), nodes[..., 16:32])
+        return {"nodes": nodes}
+
+    compare(bench, run)
+
+
+def test_reduce(bench: Bench) -> None:
+    if bench.plan.reduction:
+        pytest.skip("skips of a reduction cell's inputs have no batch of their own size")
+    call = bench.calls.both[2]
+    scale, shift = bench.random(len(call.items), bench.channels), bench.random(1, bench.channels)
+
+    def run(backend: Any, arrays: Arrays, cast: Any) -> dict[str, Tensor]:
+        sums = torch.zeros(1 + len(call.items), bench.channels, dtype=torch.float64)
+        shifts = cast(shift.expand(scale.shape))
+        backend.reduce(call, arrays, arrays.grads[2], cast(scale), shifts, sums)
+        return {"sums": sums}
+
+    compare(bench, run)
+
+
+@pytest.mark.parametrize("want_gradients", [True, False], ids=["weights", "no-weights"])
+def test_mid_backward(bench: Bench, want_gradients: bool) -> None:
+    call = bench.calls.enter_second[3][1]
+    scale, shift = bench.random(len(call.items), bench.channels), bench.random(1, bench.channels)
+    coef = bench.random(len(call.items), 3, bench.channels)
+
+    def run(backend: Any, arrays: Arrays, cast: Any) -> dict[str, Tensor]:
+        sums = sums_like(call, 2, bench.channels)
+        shifts = cast(shift.expand(scale.shape))
+        backend.mid_backward(call, arrays, cast(scale), shifts, cast(coef), sums)
+        assert arrays.half_grads is not None
+        found = {"sums": sums, "grads": arrays.half_grads}
+        if arrays.weights.grad is not None:
+            found["dw"] = arrays.weights.grad
+        return found
+
+    compare(bench, run, want_gradients=want_gradients)
+
+
+@pytest.mark.parametrize("source", [0, 2], ids=["from-input", "from-node"])
+@pytest.mark.parametrize("incoming", [True, False], ids=["incoming", "alone"])
+def test_fan_in(bench: Bench, source: int, incoming: bool) -> None:
+    call = bench.calls.gather[source]
+    coef = bench.random(len(call.items), 3, bench.channels)
+    shape = bench.larger if source < 2 else bench.smaller
+    before = bench.random(*shape[:3], 4 * bench.channels)
+
+    def run(backend: Any, arrays: Arrays, cast: Any) -> dict[str, Tensor]:
+        x = arrays.states[source]
+        out = torch.zeros_like(x)
+        part = cast(before)[..., bench.channels : 2 * bench.channels] if incoming else None
+        backend.fan_in(call, arrays, x, cast(coef), part, out)
+        assert arrays.weights.grad is not None
+        return {"dx": out, "dw": arrays.weights.grad}
+
+    compare(bench, run)
+
+
+def test_bfloat16_is_stored_rounded_to_nearest_even() -> None:
+    bench = Bench(16, (2, 6, 6), reduction=False)
+    x = torch.randn(2, 6, 6, 16) * torch.logspace(-30, 30, 16)
+    x[0, 0, 0, :3] = torch.tensor([float("nan"), float("inf"), -0.0])
+    got = x.bfloat16()
+    one = torch.ones(16)
+    fused.backend_named("cpu").affine_(got, one, 0 * one)
+    assert torch.equal(got[0, 0, 1:], x.bfloat16()[0, 0, 1:])
+    assert torch.isnan(got[0, 0, 0, 0])
+    arrays = bench.arrays(torch.bfloat16)
+    call = bench.calls.leave[2]
+    for backend in (Reference(), fused.backend_named("cpu")):
+        sums = sums_like(call, 2, 16)
+        backend.fan_out(call, arrays, arrays.states[2], sums)
+        stored = arrays.y[call.slots].double()
+        torch.testing.assert_close(sums[:, 0], stored.mean((1, 2, 3)), rtol=1e-5, atol=1e-6)
