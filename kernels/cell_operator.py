@@ -221,20 +221,26 @@ def cell_backward(
     """Gradients of both inputs, the alphas and the weights (flat); empty where not in ``wants``."""
     plan, dtype = plans.from_key(key), outputs[3].dtype
     primitives = _backend(backend, dtype)
-    results = _empty_gradients(s0, s1, alphas, weights, wants, primitives.empty)
     saved = _saved(s0, s1, outputs)
     dropout = (outputs[9], state)
     arrays = _arrays(plan, primitives, saved, weights, dropout, training, wants[3])
     backward = Backward(primitives, plan, saved, arrays, alphas)
     grads = backward.run(_node_gradients(plan, grad, saved), (wants[0], wants[1]), wants[3])
-    for result, rows, want in zip(results, grads, wants[:2], strict=False):
-        if want and rows is not None:
-            result.permute(0, 2, 3, 1).copy_(rows[..., : result.shape[1]])
-    if wants[2]:
-        results[2].copy_(backward.grad_alphas.view(alphas.shape))
-    if wants[3]:
-        results[3].copy_(arrays.weights.gradient())
-    return results
+    grad_inputs = [_as_image(rows, s) for rows, s in zip(grads, (s0, s1), strict=True)]
+    grad_alphas = backward.grad_alphas.view(alphas.shape) if wants[2] else alphas.new_empty(0)
+    flat = arrays.weights.gradient() if wants[3] else weights[0].new_empty(0)
+    grad_alphas, flat = grad_alphas.to(alphas.dtype), flat.to(weights[0].dtype)
+    return grad_inputs[0], grad_inputs[1], grad_alphas, flat
+
+
+def _as_image(rows: Tensor | None, like: Tensor) -> Tensor:
+    """The gradient of an input, ``[N, C, H, W]`` without padding; empty for None."""
+    if rows is None:
+        return like.new_empty(0)
+    image = rows.to(like.dtype).permute(0, 3, 1, 2)
+    if image.shape[1] == like.shape[1]:
+        return image
+    return image[:, : like.shape[1]].contiguous(memory_format=torch.channels_last)
 
 
 def _node_gradients(plan: Plan, grad: Tensor, saved: Saved) -> Tensor:
@@ -249,18 +255,13 @@ def _node_gradients(plan: Plan, grad: Tensor, saved: Saved) -> Tensor:
     return full.flatten(-2)
 
 
-def _empty_gradients(
-    s0: Tensor,
-    s1: Tensor,
-    alphas: Tensor,
-    weights: list[Tensor],
-    wants: list[bool],
-    empty: Empty,
+def _fake_gradients(
+    s0: Tensor, s1: Tensor, alphas: Tensor, weights: list[Tensor], wants: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     nothing = torch.Size([0])
     total = sum(weight.numel() for weight in weights)
     inputs = [
-        empty((s.shape[0], *s.shape[2:], s.shape[1]), s, s.dtype).permute(0, 3, 1, 2)
+        s.new_empty((s.shape[0], *s.shape[2:], s.shape[1])).permute(0, 3, 1, 2)
         if want
         else s.new_empty(nothing)
         for s, want in zip((s0, s1), wants[:2], strict=True)
@@ -272,7 +273,7 @@ def _empty_gradients(
 
 @cell_backward.register_fake
 def _(grad, s0, s1, alphas, weights, outputs, state, key, backend, training, wants):
-    return _empty_gradients(s0, s1, alphas, weights, wants, _fake_empty)
+    return _fake_gradients(s0, s1, alphas, weights, wants)
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 from pdarts_fast.version import __version__
 
 if TYPE_CHECKING:
+    from pdarts_fast.dropin.acceleration import accelerate
     from pdarts_fast.genotype import Genotype
     from pdarts_fast.search_space import derive
     from pdarts_fast.supernet import Network
 
-__all__ = ["Genotype", "Network", "__version__", "derive"]
+__all__ = ["Genotype", "Network", "__version__", "accelerate", "derive"]
 
 _LAZY = {
     "Genotype": "pdarts_fast.genotype",
+    "accelerate": "pdarts_fast.dropin.acceleration",
     "derive": "pdarts_fast.search_space",
     "Network": "pdarts_fast.supernet",
 }

@@ -165,10 +165,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cifar100": {"dataset": "cifar100", "skip_dropout": (0.1, 0.2, 0.3)},
     "demo": {
         "dataset": "digits",
+        "image_size": 16,
         "cells": (3, 4, 5),
         "channels": (8, 8, 8),
-        "epochs": 3,
+        "epochs": 4,
         "warmup_epochs": 1,
+        "batch_size": 64,
         "validation_epochs": 1,
         "skip_dropout": (0.0, 0.2, 0.4),
         "alpha_lr": 6e-3,
@@ -214,7 +216,10 @@ def validate(config: SearchConfig) -> SearchConfig:
     if config.lr_min > config.lr:
         raise UsageError(f"--lr-min {config.lr_min} is larger than --lr {config.lr}")
     if config.dataset != "digits" and config.data is None:
-        raise UsageError(f"--dataset {config.dataset} needs --data DIR, the folder of its files")
+        raise UsageError(
+            f"--dataset {config.dataset} needs --data DIR, the folder of its files; "
+            "--preset demo runs on bundled images"
+        )
     if config.download and config.dataset not in ("cifar10", "cifar100"):
         raise UsageError(f"--download works for cifar10 and cifar100, not for {config.dataset}")
     if config.crop_padding >= config.image_size:

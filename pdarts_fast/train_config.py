@@ -284,7 +284,10 @@ def validate(config: TrainConfig) -> TrainConfig:
 def check_data(config: TrainConfig) -> None:
     """Raise `UsageError` if the flags about the data do not go together."""
     if config.dataset != "digits" and config.data is None:
-        raise UsageError(f"--dataset {config.dataset} needs --data DIR, the folder of its files")
+        raise UsageError(
+            f"--dataset {config.dataset} needs --data DIR, the folder of its files; "
+            "--preset demo runs on bundled images"
+        )
     if config.download and config.dataset not in ("cifar10", "cifar100"):
         raise UsageError(f"--download works for cifar10 and cifar100, not for {config.dataset}")
     folder = config.dataset in ("image-folder", "imagenet")

@@ -22,7 +22,7 @@ from pathlib import Path
 SOURCES = Path(__file__).resolve().parent / "csrc"
 OUTPUT = Path(__file__).resolve().parent / "_kernels.so"
 BASE = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-g0")
-SANITIZE = ("-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined")
+SANITIZE = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined")
 PRIMITIVES = ("fan_out", "mid_backward", "fan_in", "mix", "reduce", "variant")
 
 
@@ -82,7 +82,7 @@ def build(
         output: File to write.
         sanitize: With address and undefined-behaviour sanitizers.
         force_width: Vector width of the avx2 variant, to try the 16-wide code on any processor.
-        only: Names of the x86-64 variants to build beside `generic`; all if empty.
+        only: Names of the variants to build beside `generic`; all if empty.
         extra: More compiler flags.
 
     Returns:

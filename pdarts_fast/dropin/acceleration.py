@@ -139,13 +139,12 @@ def _obstacle(cell: nn.Module, holder: _Holder, args: tuple[Any, ...]) -> str | 
         return "its inputs are no images"
     if s1.dtype == torch.float64:
         return "kernels have float32 and bfloat16, it got float64"
-    for convolution in holder.modules.convolutions if holder.modules else ():
-        if convolution.weight.dtype != torch.float32 or convolution.weight.device != s1.device:
-            return "its parameters are not float32 on the device of its input"
-        break
+    weights = [module.weight for module in holder.modules.convolutions] if holder.modules else []
+    if any(w.dtype != torch.float32 or w.device != s1.device for w in weights):
+        return "its parameters are not float32 on the device of its input"
     if holder.backend(s1.device) == backends.REFERENCE:
         return ""
-    if s0.numel() == 0 or s1[:, 0].numel() < 2 or not _fits(recipe, s0, s1):
+    if not _fits(recipe, s0, s1):
         return "its inputs have a size that was not tried out"
     return watch.hook() or watch.mode()
 
@@ -153,16 +152,21 @@ def _obstacle(cell: nn.Module, holder: _Holder, args: tuple[Any, ...]) -> str | 
 def _fits(recipe: Recipe, s0: Tensor, s1: Tensor) -> bool:
     """Whether sizes are those of a cell of the method."""
     plan = recipe.plan
+    odd = any(side % 2 for side in s1.shape[2:])
+    divisor = 4 if plan.reduction else 1
+    # BatchNorm refuses a single value a channel, in words of its own.
+    if (
+        s0.numel() == 0
+        or s1[:, 0].numel() < 2 * divisor
+        or (odd and plan.reduction and recipe.even)
+    ):
+        return False
     if plan.outside:
         return True
     if (s0.shape[1], s1.shape[1]) != plan.in_channels or s0.shape[0] != s1.shape[0]:
         return False
     factor = 2 if plan.input_kind(0) == FACTORIZED else 1
-    larger = tuple(side * factor for side in s1.shape[2:])
-    if tuple(s0.shape[2:]) != larger:
-        return False
-    odd = plan.reduction and any(side % 2 for side in s1.shape[2:])
-    return not (odd and recipe.even)
+    return tuple(s0.shape[2:]) == tuple(side * factor for side in s1.shape[2:])
 
 
 def _third_argument(recipe: Recipe, value: Any) -> tuple[Tensor | None, float] | None:

@@ -16,7 +16,7 @@ from pdarts_fast.dropin.passes import CellForward
 from pdarts_fast.dropin.passes_backward import CellBackward
 from pdarts_fast.dropin.tables import Tables, layout, tables
 from pdarts_fast.kernels import backends, moments
-from pdarts_fast.kernels import cell as cells
+from pdarts_fast.kernels.cell import backend_named
 from pdarts_fast.kernels.cell_pass import state_size
 from pdarts_fast.kernels.interface import Arrays, Backend
 from pdarts_fast.kernels.weights import Weights
@@ -296,10 +296,11 @@ def _storage_dtype(x: Tensor) -> torch.dtype:
 
 def primitives(name: str, dtype: torch.dtype) -> Backend:
     """The primitives of a backend; float64 goes through those of the reference."""
-    module = backends.load(name) if name != backends.REFERENCE else None
-    if module is not None:
-        module.register()
-    return cells._backend(name, dtype)
+    if dtype == torch.float64:
+        name = backends.REFERENCE
+    if name != backends.REFERENCE:
+        backends.load(name).register()
+    return backend_named(name)
 
 
 def run(

@@ -253,11 +253,24 @@ class CellForward(CellPass):
         state = self.arrays.states[source]
         batch, height, width, padded = state.shape
         shape = (batch, self.plan.channels, height, width)
-        ones = state.new_ones(shape, dtype=self.context.image_dtype)
-        keep = nn.functional.dropout(ones, rate, training=True).permute(0, 2, 3, 1)
-        missing = padded - self.plan.channels
-        keep = nn.functional.pad(keep, (0, missing)) if missing else keep
-        return keep.to(state.dtype).contiguous()
+        empty = state.new_empty(shape, dtype=self.context.image_dtype)
+        if empty.device.type == "cpu" and rate < 1:
+            # What torch's dropout does there, without the passes over an image of ones.
+            drawn, divisor = empty.bernoulli_(1 - rate), 1 - rate
+        else:
+            drawn, divisor = nn.functional.dropout(empty.fill_(1), rate, training=True), 1.0
+        keep = state.new_empty(state.shape)
+        if padded > self.plan.channels:
+            keep.zero_()
+        return self._divided(drawn, divisor, keep)
+
+    def _divided(self, drawn: Tensor, divisor: float, keep: Tensor) -> Tensor:
+        rows, target = drawn.permute(0, 2, 3, 1), keep[..., : self.plan.channels]
+        if keep.dtype == drawn.dtype:
+            torch.div(rows, divisor, out=target)
+        else:
+            target.copy_(rows / divisor)
+        return keep
 
     def _draw_paths(self, node: int, terms: dict[Place, Tensor]) -> None:
         """Draws a factor for every image and operation of a node but identities."""

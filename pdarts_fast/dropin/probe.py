@@ -24,7 +24,7 @@ from pdarts_fast.dropin.recognise import NotRecognised, Recipe
 from pdarts_fast.kernels.backends import REFERENCE
 from pdarts_fast.kernels.plan import FACTORIZED
 
-BATCH, SIDE = 2, 6
+BATCH, SIDE = 2, 4
 TOLERANCE = 1e-8
 _SEED = 1904
 _DROP_PATH = 0.3

@@ -253,7 +253,7 @@ def recognise_op(module: nn.Module) -> StockOp:
         found = _pool(layers)
     elif len(layers) == 1 and layers[0][1] is module:
         found = _without_layers(module)
-    elif len(layers) == 2 and type(layers[1][1]) is nn.Dropout:
+    elif len(layers) == 2 and type(layers[1][1]) is nn.Dropout and not layers[1][1].inplace:
         skip = _without_layers(layers[0][1])
         if skip.kind == SKIP:
             found = StockOp(SKIP, 1, dropout=layers[1][0])

@@ -77,3 +77,7 @@ def forget() -> Iterator[None]:
     reporting.said.clear()
     yield
     reporting.said.clear()
+
+
+# Importable by the test files of this folder, which pytest does not put on the path.
+load_file("dropin_checks", HERE / "checks.py")

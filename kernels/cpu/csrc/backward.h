@@ -48,7 +48,7 @@ PDARTS_INLINE float* zeros(Scratch& scratch, int64_t count) {
   return p;
 }
 
-PDARTS_INLINE BackwardBranch* prepare_backward(const Task& t, Scratch& scratch) {
+PDARTS_SHARED BackwardBranch* prepare_backward(const Task& t, Scratch& scratch) {
   scratch.reset(backward_bytes(t));
   BackwardBranch* all = scratch.take<BackwardBranch>(t.num_branches);
   for (int64_t i = 0; i < t.num_branches; ++i) {
@@ -76,7 +76,7 @@ PDARTS_INLINE BackwardBranch* prepare_backward(const Task& t, Scratch& scratch) 
 }
 
 // Weight gradients of every branch from the groups' partial ones.
-PDARTS_INLINE void finish_backward(const Task& t, const BackwardBranch* all) {
+PDARTS_SHARED void finish_backward(const Task& t, const BackwardBranch* all) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(static_cast<int>(t.threads))
   for (int64_t i = 0; i < t.num_branches; ++i) {
     const Branch& b = t.branches[i];
@@ -103,17 +103,34 @@ PDARTS_INLINE void output_gradient(const Task& t, const Branch& b, int64_t first
   const int64_t channels = t.channels;
   const T* g = static_cast<const T*>(b.grad) + first * b.grad_stride;
   const T* y = static_cast<const T*>(b.y) + first * channels;
-  for (int64_t p = 0; p < pixels; ++p)
-    for (int64_t c = 0; c < channels; c += V) {
+  for (int64_t c = 0; c < channels; c += V) {
+    const Vec first = load(b.coef + c), second = load(b.coef + channels + c);
+    const Vec third = load(b.coef + 2 * channels + c);
+    for (int64_t p = 0; p < pixels; ++p) {
       prefetch(g + p * b.grad_stride + c + kAhead);
       prefetch(y + p * channels + c + kAhead);
-      Vec v = load(b.coef + c) * load(g + p * b.grad_stride + c) +
-              load(b.coef + channels + c) * load(y + p * channels + c) +
-              load(b.coef + 2 * channels + c);
+      Vec v = first * load(g + p * b.grad_stride + c) + second * load(y + p * channels + c) + third;
       float* o = dy + p * channels + c;
       if (add) v += load(o);
       store(o, v);
     }
+  }
+}
+
+// grad (a plane) at `places` = dy [pixels, C] W.
+PDARTS_SHARED void product_into_plane(const float* dy, int64_t pixels, int64_t channels,
+                                      const float* pointwise, const int32_t* places,
+                                      const Plane& grad) {
+  product(dy, channels, pixels, channels, pointwise, channels,
+          [&](int64_t p, int64_t block, Vec v) {
+            store(grad.data + block * grad.plane + places[p], v);
+          });
+}
+
+// out [rows, columns] += a^T b over a chunk of pixels.
+PDARTS_SHARED void add_outer(const float* a, int64_t rows, const float* b, int64_t columns,
+                             int64_t pixels, float* out) {
+  outer(a, rows, b, columns, pixels, out);
 }
 
 // For a convolution and output rows [begin, end) of image n: the gradient of the depthwise output
@@ -126,25 +143,15 @@ PDARTS_INLINE void pointwise_backward(const Task& t, const Branch& b, const Back
                                       float* dy, float* a) {
   const int64_t channels = t.channels, width = t.out_width, pixels = (end - begin) * width;
   output_gradient<T>(t, b, (n * t.out_height + begin) * width, pixels, false, dy);
-  const int32_t* place = places + begin * width;
-  product(dy, channels, pixels, channels, packed.pointwise, channels,
-          [&](int64_t p, int64_t block, Vec v) {
-            store(grad.data + block * grad.plane + place[p], v);
-          });
+  product_into_plane(dy, pixels, channels, packed.pointwise, places + begin * width, grad);
   if (!packed.grad_pointwise) return;
-  with_kernel(b, [&](auto k, auto d, auto s) {
-    depthwise_rows<k.value, d.value, s.value>(
-        src, b.padding, packed.depthwise, channels / V, begin, end, width,
-        [&](int64_t r, int64_t c, int64_t block, Vec v) {
-          store(a + ((r - begin) * width + c) * channels + block * V, v);
-        });
-  });
-  outer(dy, channels, a, channels, pixels,
-        packed.grad_pointwise + group * channels * channels);
+  depthwise_chunk(b, src, packed.depthwise, channels, begin, end, width, a);
+  add_outer(dy, channels, a, channels, pixels,
+            packed.grad_pointwise + group * channels * channels);
 }
 
 // Gradient of the depthwise weights of one image.
-PDARTS_INLINE void weights_backward(const Task& t, const Branch& b, const BackwardBranch& packed,
+PDARTS_SHARED void weights_backward(const Task& t, const Branch& b, const BackwardBranch& packed,
                                     int64_t group, const Plane& src, const Plane& grad) {
   if (!packed.grad_depthwise) return;
   float* out = packed.grad_depthwise + group * t.channels * b.kernel * b.kernel;

@@ -77,26 +77,31 @@ Work make_work(const Task& t, const Sizes& s, Scratch& local) {
   return w;
 }
 
+// dx += transposed depthwise convolution of grad.
+PDARTS_SHARED void add_transposed(const Branch& b, const BackwardBranch& packed, int64_t blocks,
+                                  const Plane& grad, const Plane& dx) {
+  with_kernel(b, [&](auto k, auto d, auto s) {
+    if constexpr (s.value == 1)
+      depthwise_rows<k.value, d.value, 1>(
+          grad, b.padding, packed.flipped, blocks, 0, dx.height, dx.width,
+          [&](int64_t row, int64_t column, int64_t block, Vec v) {
+            float* o = dx.at(block, row, column);
+            store(o, load(o) + v);
+          });
+    else
+      depthwise_scatter<k.value, d.value, s.value>(grad, packed.depthwise, b.padding, blocks, dx);
+  });
+}
+
 // Adds a depthwise-pointwise convolution to w.dx.
 template <class T>
 void conv_backward(const Task& t, const Branch& b, const BackwardBranch& packed, int64_t group,
                    int64_t n, const Work& w) {
-  const int64_t rows = rows_per_chunk(t), blocks = t.channels / V;
+  const int64_t rows = rows_per_chunk(t);
   for (int64_t begin = 0; begin < t.out_height; begin += rows)
     pointwise_backward<T>(t, b, packed, group, n, begin, min_of(t.out_height, begin + rows), w.x,
                           w.grad, w.places, w.dy, w.a);
-  with_kernel(b, [&](auto k, auto d, auto s) {
-    if constexpr (s.value == 1)
-      depthwise_rows<k.value, d.value, 1>(
-          w.grad, b.padding, packed.flipped, blocks, 0, t.in_height, t.in_width,
-          [&](int64_t row, int64_t column, int64_t block, Vec v) {
-            float* o = w.dx.at(block, row, column);
-            store(o, load(o) + v);
-          });
-    else
-      depthwise_scatter<k.value, d.value, s.value>(w.grad, packed.depthwise, b.padding, blocks,
-                                                   w.dx);
-  });
+  add_transposed(b, packed, t.channels / V, w.grad, w.dx);
   weights_backward(t, b, packed, group, w.x, w.grad);
 }
 
@@ -126,7 +131,8 @@ void gathered_backward(const Task& t, const Branch& b, const BackwardBranch& pac
       }
   if (!packed.grad_pointwise) return;
   gather(t, b, image, begin, end, w.a);
-  outer(w.dy, t.channels, w.a, depth, pixels, packed.grad_pointwise + group * t.channels * depth);
+  add_outer(w.dy, t.channels, w.a, depth, pixels,
+            packed.grad_pointwise + group * t.channels * depth);
 }
 
 // Adds all pools of one kind to w.raw: their gradients are summed first, one backward serves all.

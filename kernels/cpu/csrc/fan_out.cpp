@@ -90,13 +90,7 @@ void branch_rows(const Task& t, const Branch& b, const Packed& packed, const Pla
   } else {
     const int64_t depth = depth_of(t, b);
     if (b.kind == kConv) {
-      with_kernel(b, [&](auto k, auto d, auto s) {
-        depthwise_rows<k.value, d.value, s.value>(
-            plane, b.padding, packed.depthwise, channels / V, begin, end, width,
-            [&](int64_t row, int64_t column, int64_t block, Vec v) {
-              store(a + ((row - begin) * width + column) * channels + block * V, v);
-            });
-      });
+      depthwise_chunk(b, plane, packed.depthwise, channels, begin, end, width, a);
     } else {
       gather(t, b, image, begin, end, a);
     }

@@ -15,28 +15,26 @@ namespace {
 
 thread_local Scratch shared_scratch, sums_scratch, local_scratch;
 
-// dv of output rows [begin, end) of image n, its sums into `total` [2, C].
+// dv of output rows [begin, end) of image n, its sums into `total` [2, C]. `a` holds a chunk.
 template <class T>
 void input_gradient(const Task& t, const Branch& b, const BackwardBranch& packed, int64_t n,
-                    int64_t begin, int64_t end, const Plane& v, const Plane& grad, double* total) {
+                    int64_t begin, int64_t end, const Plane& v, const Plane& grad, float* a,
+                    double* total) {
   const int64_t channels = t.channels, width = t.out_width, blocks = channels / V;
-  T* out = static_cast<T*>(b.grad_input) + n * t.out_height * width * channels;
-  with_kernel(b, [&](auto k, auto d, auto s) {
-    if constexpr (s.value == 1)
-      depthwise_rows<k.value, d.value, 1>(
-          grad, b.padding, packed.flipped, blocks, begin, end, width,
-          [&](int64_t row, int64_t column, int64_t block, Vec dv) {
-            store(out + (row * width + column) * channels + block * V,
-                  masked(dv, load(v.at(block, row, column))));
-          });
-  });
+  T* out = static_cast<T*>(b.grad_input) + (n * t.out_height + begin) * width * channels;
+  // The stride of a second half is 1, so its transposed convolution is one with turned kernels.
+  depthwise_chunk(b, grad, packed.flipped, channels, begin, end, width, a);
   for (int64_t block = 0; block < blocks; ++block) {
     Vec sum = {}, product = {};
+    int64_t at = block * V;
     for (int64_t row = begin; row < end; ++row)
-      for (int64_t column = 0; column < width; ++column) {
-        const Vec dv = load(out + (row * width + column) * channels + block * V);
+      for (int64_t column = 0; column < width; ++column, at += channels) {
+        const Vec forward = load(v.at(block, row, column));
+        store(out + at, masked(load(a + at), forward));
+        // Sums are of what is stored, so that means cancel exactly in the first half.
+        const Vec dv = load(out + at);
         sum += dv;
-        product += dv * load(v.at(block, row, column));
+        product += dv * forward;
       }
     float chunk[2][V];
     store(chunk[0], sum);
@@ -60,7 +58,8 @@ void image_backward(const Task& t, const Branch& b, const BackwardBranch& packed
     pointwise_backward<T>(t, b, packed, group, n, begin, min_of(t.out_height, begin + rows), v,
                           grad, places, dy, a);
   for (int64_t begin = 0; begin < t.out_height; begin += rows)
-    input_gradient<T>(t, b, packed, n, begin, min_of(t.out_height, begin + rows), v, grad, total);
+    input_gradient<T>(t, b, packed, n, begin, min_of(t.out_height, begin + rows), v, grad, a,
+                      total);
   weights_backward(t, b, packed, group, v, grad);
 }
 

@@ -52,13 +52,13 @@ PDARTS_INLINE void add_chunk(Moments& into, const T* y, int64_t pixels, int64_t 
       square[0] += d * d;
     }
     const Vec squares = (square[0] + square[1]) + (square[2] + square[3]);
-    double means_d[V], squares_d[V];
+    double mean_d[V], squares_d[V];
     for (int i = 0; i < V; ++i) {
-      means_d[i] = mean[i];
-      squares_d[i] = squares[i];
+      mean_d[i] = static_cast<double>(mean[i]);
+      squares_d[i] = static_cast<double>(squares[i]);
     }
     Moments part{into.count, into.mean + c, into.squares + c};
-    merge(part, static_cast<double>(pixels), means_d, squares_d, V);
+    merge(part, static_cast<double>(pixels), mean_d, squares_d, V);
   }
   into.count += static_cast<double>(pixels);
 }
