@@ -151,6 +151,14 @@ def doctor(arguments: Sequence[str]) -> int:
     return examine(command.data, dataset, command.checksum)
 
 
+def bench(arguments: Sequence[str]) -> int:
+    """Measure the search against the published graph on this machine."""
+    from pdarts_fast.bench.run import BenchOptions, run_bench
+
+    run_bench(parse(BenchOptions, "bench", arguments))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "search": search,
     "train": cli_train.train,
@@ -162,6 +170,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": cli_dropin.run,
     "import-log": cli_dropin.import_log,
     "doctor": doctor,
+    "bench": bench,
 }
 
 

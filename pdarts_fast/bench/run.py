@@ -25,7 +25,7 @@ STEPS, WEIGHT_EPOCHS, BOTH_EPOCHS, BATCH = 261, 10, 15, 96
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What to measure.
+    """Measure the supernet of each stage against the published graph, interleaved.
 
     Attributes:
         stages: Of 1, 2, 3.
