@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,12 @@ import torch
 from pdarts_fast.bench import measure
 from pdarts_fast.kernels import backends
 from pdarts_fast.run.environment import cpu_name, versions
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave benchmarks out of a plain `pytest`; --benchmark-only or naming them runs them."""
+    named = any("benchmarks" in str(argument) for argument in config.invocation_params.args)
+    return None if named or config.getoption("benchmark_only") else True
 
 
 @pytest.fixture(scope="session")

@@ -130,7 +130,7 @@ def test_resume_takes_the_saved_settings(run: Path, spelling: str) -> None:
 def test_resume_with_a_preset_does_not_take_the_saved_settings(run: Path) -> None:
     config = read("--resume", "--run-dir", str(run), "--preset", "demo")
     saved = json.loads((run / "config.json").read_text())["config"]
-    assert differing(saved, config) == ["--epochs (5, now 3)"]
+    assert differing(saved, config) == ["--epochs (5, now 4)"]
 
 
 def test_differing_ignores_what_does_not_change_the_result() -> None:
@@ -194,7 +194,7 @@ def test_one_value_counts_for_every_stage() -> None:
         ("--alpha-weight-decay -1", "--alpha-weight-decay -1.0"),
         ("--crop-padding -1", "--crop-padding -1"),
         ("--crop-padding 32", "--crop-padding 32 would crop whole images"),
-        ("--cutout 32", "--cutout 32 would erase whole images of --image-size 32"),
+        ("--image-size 32 --cutout 32", "--cutout 32 would erase whole images of --image-size 32"),
         ("--image-size 4 --crop-padding 1", "--image-size 4"),
         ("--seed -1", "--seed -1"),
         ("--threads 0", "--threads 0"),

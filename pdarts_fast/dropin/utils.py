@@ -130,7 +130,7 @@ def save(model: nn.Module, model_path: str) -> None:
 
 def load(model: nn.Module, model_path: str) -> None:
     """Loads what ``save`` wrote."""
-    model.load_state_dict(torch.load(model_path, map_location="cpu"))
+    model.load_state_dict(torch.load(model_path, map_location="cpu", weights_only=True))
 
 
 def save_checkpoint(state: Any, is_best: bool, save: str) -> None:
