@@ -201,8 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM} {__version__}")
         return 0
     name, *rest = arguments
-    # Waiting threads of GNU OpenMP spin briefly, then sleep: on two cores with one busy neighbour
-    # a search is 3 times faster for it, on a quiet machine as fast. Read when torch is imported.
+    # Waiting threads of GNU OpenMP spin briefly, then sleep, and leave their core to a busy
+    # neighbour (docs/cpu-kernels.md has measurements). Read when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_StderrHandler()])
     try:
