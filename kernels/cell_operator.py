@@ -18,17 +18,27 @@ from . import plan as plans
 from .cell_backward import Backward
 from .cell_forward import Forward
 from .cell_pass import Saved, state_size
-from .interface import Arrays, Backend
+from .interface import Arrays, Backend, WholeCell
 from .plan import Plan
 from .reference import Reference
 from .weights import Weights, layout
 
 _BACKENDS: dict[str, Backend] = {"reference": Reference()}
+_WHOLE_CELLS: dict[str, WholeCell] = {}
 
 
-def register_backend(name: str, backend: Backend) -> None:
-    """Makes primitives available under a name that ``run`` accepts."""
+def register_backend(name: str, backend: Backend, whole_cell: WholeCell | None = None) -> None:
+    """Makes primitives available under a name that ``run`` accepts.
+
+    Args:
+        name: Of the backend.
+        backend: Its primitives.
+        whole_cell: Runs whole passes; without it ``Forward`` and ``Backward`` call the primitives.
+    """
     _BACKENDS[name] = backend
+    _WHOLE_CELLS.pop(name, None)
+    if whole_cell is not None:
+        _WHOLE_CELLS[name] = whole_cell
 
 
 def backend_named(name: str) -> Backend:
@@ -40,9 +50,13 @@ def backend_named(name: str) -> Backend:
     return _BACKENDS[name]
 
 
-def _backend(name: str, dtype: torch.dtype) -> Backend:
+def _served_by(name: str, dtype: torch.dtype) -> str:
     """float64 goes through the reference primitives: kernels have float32 and bfloat16."""
-    return _BACKENDS["reference" if dtype == torch.float64 else name]
+    return "reference" if dtype == torch.float64 else name
+
+
+def _backend(name: str, dtype: torch.dtype) -> Backend:
+    return _BACKENDS[_served_by(name, dtype)]
 
 
 def _output_size(plan: Plan, s1: Tensor) -> tuple[int, int, int]:
@@ -192,7 +206,11 @@ def cell_forward(
         saved.norms.copy_(moments.normalisation(running_moments))
     outputs[9].copy_(rate)
     arrays = _arrays(plan, primitives, saved, weights, (rate, state), training, False)
-    Forward(primitives, plan, saved, arrays, alphas).run(outputs[8])
+    whole = _WHOLE_CELLS.get(_served_by(backend, dtype))
+    if whole is not None:
+        whole.forward(plan, saved, arrays, alphas, outputs[8])
+    else:
+        Forward(primitives, plan, saved, arrays, alphas).run(outputs[8])
     if not _whole_output(plan, channels):
         _write_output(plan, saved.nodes, outputs[0])
     return outputs
@@ -224,10 +242,16 @@ def cell_backward(
     saved = _saved(s0, s1, outputs)
     dropout = (outputs[9], state)
     arrays = _arrays(plan, primitives, saved, weights, dropout, training, wants[3])
-    backward = Backward(primitives, plan, saved, arrays, alphas)
-    grads = backward.run(_node_gradients(plan, grad, saved), (wants[0], wants[1]), wants[3])
+    node_grads, want_inputs = _node_gradients(plan, grad, saved), (wants[0], wants[1])
+    whole = _WHOLE_CELLS.get(_served_by(backend, dtype))
+    if whole is not None:
+        grads, all_alphas = whole.backward(plan, saved, arrays, alphas, node_grads, want_inputs)
+    else:
+        backward = Backward(primitives, plan, saved, arrays, alphas)
+        grads = backward.run(node_grads, want_inputs, wants[3])
+        all_alphas = backward.grad_alphas
     grad_inputs = [_as_image(rows, s) for rows, s in zip(grads, (s0, s1), strict=True)]
-    grad_alphas = backward.grad_alphas.view(alphas.shape) if wants[2] else alphas.new_empty(0)
+    grad_alphas = all_alphas.view(alphas.shape) if wants[2] else alphas.new_empty(0)
     flat = arrays.weights.gradient() if wants[3] else weights[0].new_empty(0)
     grad_alphas, flat = grad_alphas.to(alphas.dtype), flat.to(weights[0].dtype)
     return grad_inputs[0], grad_inputs[1], grad_alphas, flat

@@ -8,13 +8,17 @@ zeros throughout.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from .calls import Call
+from .plan import Plan
 from .weights import Weights
+
+if TYPE_CHECKING:
+    from .cell_pass import Saved
 
 
 @dataclass(slots=True)
@@ -144,5 +148,41 @@ class Backend(Protocol):
                 factor of a skip. ``[n, 3, C]``.
             incoming: Gradient to add, ``[N, H, W, Cx]``, or None.
             out: Gradient of x, written; None if nobody asks.
+        """
+        ...
+
+
+class WholeCell(Protocol):
+    """What a backend may offer instead of being called a primitive at a time."""
+
+    def forward(
+        self, plan: Plan, saved: Saved, arrays: Arrays, alphas: Tensor, stats: Tensor
+    ) -> None:
+        """What ``cell_forward.Forward.run`` does.
+
+        Args:
+            alphas: Weights of the operations, ``[edges, ops]``.
+            stats: float64 ``[rows, 2, C]``, written in training.
+        """
+        ...
+
+    def backward(
+        self,
+        plan: Plan,
+        saved: Saved,
+        arrays: Arrays,
+        alphas: Tensor,
+        grad: Tensor,
+        want_inputs: tuple[bool, bool],
+    ) -> tuple[list[Tensor | None], Tensor]:
+        """What ``cell_backward.Backward.run`` does.
+
+        Args:
+            grad: Of the nodes, ``[N, H, W, steps * C]``, contiguous.
+            want_inputs: Whether the gradient of each input is wanted.
+
+        Returns:
+            The inputs' gradients, None where not wanted; the alphas', float64 ``[edges * ops]``.
+            Those of the weights are written if ``arrays.weights`` has room.
         """
         ...

@@ -6,7 +6,7 @@ import ctypes
 
 import numpy as np
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 FAN_OUT, MID, AFFINE, MIX, REDUCE, MID_BACKWARD, FAN_IN = range(7)
 
 _INT = ctypes.c_int64
@@ -69,6 +69,96 @@ class Task(ctypes.Structure):
         ("dropout_rate", _POINTER),
     )
 
+
+class Call(ctypes.Structure):
+    """``struct Call``."""
+
+    _fields_ = (("count", _INT), ("normed", _INT), ("items", _POINTER))
+
+
+class CellCalls(ctypes.Structure):
+    """``struct CellCalls``."""
+
+    _fields_ = (
+        *((name, _INT) for name in ("steps", "slots", "halves", "alphas", "norms")),
+        *(
+            (name, _POINTER)
+            for name in ("inputs", "leave", "second", "enter", "enter_second", "gather")
+        ),
+    )
+
+
+class CellTask(ctypes.Structure):
+    """``struct CellTask``."""
+
+    _fields_ = (
+        ("calls", _POINTER),
+        *(
+            (name, _INT)
+            for name in (
+                "images",
+                "height",
+                "width",
+                "channels",
+                "real_channels",
+                "bf16",
+                "threads",
+                "training",
+            )
+        ),
+        *(
+            (name, _INT * 2)
+            for name in ("in_height", "in_width", "in_channels", "state_height", "state_width")
+        ),
+        ("inputs", _POINTER * 2),
+        ("states", _POINTER * 2),
+        *(
+            (name, _POINTER)
+            for name in (
+                "nodes",
+                "y",
+                "norms",
+                "stats",
+                "alphas",
+                "weights",
+                "dropout_rate",
+                "dropout_state",
+                "grad",
+                "node_grads",
+                "half_grads",
+            )
+        ),
+        ("state_grads", _POINTER * 2),
+        ("grad_inputs", _POINTER * 2),
+        ("grad_alphas", _POINTER),
+        ("grad_weights", _POINTER),
+    )
+
+
+ITEM = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            "kind",
+            "kernel",
+            "dilation",
+            "stride",
+            "padding",
+            "stream",
+            "slot",
+            "input",
+            "half",
+            "source",
+            "node",
+            "depthwise",
+            "pointwise",
+            "alpha",
+            "norm",
+            "input_norm",
+        )
+    ]
+)
+"""``struct Item`` as a numpy record."""
 
 BRANCH = np.dtype([(field[0], np.int64) for field in Branch._fields_])
 """``struct Branch`` as a numpy record; every field has 64 bits."""

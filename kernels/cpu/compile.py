@@ -24,6 +24,7 @@ OUTPUT = Path(__file__).resolve().parent / "_kernels.so"
 BASE = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-g0")
 SANITIZE = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined")
 PRIMITIVES = ("fan_out", "mid_backward", "fan_in", "mix", "reduce", "variant")
+SCALAR = ("dispatch", "cell_forward", "cell_backward")
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def build(
     with tempfile.TemporaryDirectory() as folder:
         chosen = [v for v in variants() if not only or v.name in (*only, "generic")]
         listed = [f"-DPDARTS_HAS_{v.name.upper()}" for v in chosen]
-        jobs = [[str(SOURCES / "dispatch.cpp"), *listed, "-o", f"{folder}/dispatch.o"]]
+        jobs = [[str(SOURCES / f"{x}.cpp"), *listed, "-o", f"{folder}/{x}.o"] for x in SCALAR]
         for variant in chosen:
             width = variant.width
             if force_width and variant.name == "avx2":

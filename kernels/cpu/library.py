@@ -47,6 +47,15 @@ class Library:
         if self.handle.pdarts_run(self.index, primitive, ctypes.byref(task)):
             raise RuntimeError(f"{self.path} has no primitive {primitive} for {self.variant}")
 
+    def run_cell(self, cell: abi.CellTask, *, backward: bool) -> None:
+        """Runs a pass of a cell.
+
+        Raises:
+            RuntimeError: The library does not run here.
+        """
+        if self.handle.pdarts_run_cell(self.index, backward, ctypes.byref(cell)):
+            raise RuntimeError(f"{self.path} has no passes for {self.variant}")
+
 
 def candidates() -> Iterator[Path]:
     """Where the library may lie, first choice first.
@@ -86,10 +95,22 @@ def _open(path: Path) -> ctypes.CDLL:
         ctypes.POINTER(ctypes.c_int64),
         ctypes.POINTER(ctypes.c_int64),
     )
-    for name, struct in (("task", abi.Task), ("branch", abi.Branch)):
+    handle.pdarts_run_cell.restype = ctypes.c_int64
+    handle.pdarts_run_cell.argtypes = (
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.POINTER(abi.CellTask),
+    )
+    sizes = {
+        "task": ctypes.sizeof(abi.Task),
+        "branch": ctypes.sizeof(abi.Branch),
+        "cell": ctypes.sizeof(abi.CellTask),
+        "item": abi.ITEM.itemsize,
+    }
+    for name, expected in sizes.items():
         size = getattr(handle, f"pdarts_sizeof_{name}")
         size.restype = ctypes.c_int64
-        if size() != ctypes.sizeof(struct):
+        if size() != expected:
             raise LibraryError(f"{path}: struct {name} has {size()} bytes, not those of abi.py")
     return handle
 

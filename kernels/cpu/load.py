@@ -45,11 +45,12 @@ def register() -> None:
     """
     from .. import cell_operator
     from .primitives import CompiledPrimitives
+    from .whole_cell import CompiledCell
 
     found = _load()
     if isinstance(found, LibraryError):
         raise found
-    cell_operator.register_backend("cpu", CompiledPrimitives(found))
+    cell_operator.register_backend("cpu", CompiledPrimitives(found), CompiledCell(found))
 
 
 def prepare_cell(cell: nn.Module) -> None:

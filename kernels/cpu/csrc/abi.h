@@ -59,6 +59,54 @@ struct Task {
   const float* dropout_rate;     // [1]
 };
 
+// One operation of an edge, or one half of a separable convolution, as in ../../calls.py.
+struct Item {
+  int64_t kind, kernel, dilation, stride, padding;
+  int64_t stream;                // dropout stream of a skip, -1 for none
+  int64_t slot, input, half, source, node;
+  int64_t depthwise, pointwise;  // offsets into the cell's weights, -1 for none
+  int64_t alpha;                 // place in the table of alphas
+  int64_t norm, input_norm;      // rows of the normalisations in evaluation
+};
+
+struct Call {
+  int64_t count, normed;         // items; those with a BatchNorm come first
+  const Item* items;
+};
+
+// Calls of a cell: of both inputs, by source, by node, and by wanted inputs and node.
+struct CellCalls {
+  int64_t steps, slots, halves, alphas, norms;
+  const Call *inputs, *leave, *second, *enter, *enter_second, *gather;
+};
+
+// A pass of a cell. Arrays as in ../../cell_pass.py; "storage" is float or bf16.
+struct CellTask {
+  const CellCalls* calls;
+  int64_t images, height, width; // of nodes
+  int64_t channels, real_channels, bf16, threads, training;
+  int64_t in_height[2], in_width[2], in_channels[2];
+  int64_t state_height[2], state_width[2];
+  const void* inputs[2];         // storage
+  void* states[2];               // storage
+  void* nodes;                   // storage [M, steps * C]
+  void* y;                       // storage [slots, M, C]
+  double* norms;                 // [rows, 2, C]
+  double* stats;                 // like norms
+  const double* alphas;
+  const float* weights;
+  const float* dropout_rate;
+  const int64_t* dropout_state;
+  // Backward:
+  const void* grad;              // storage [M, steps * C]
+  void* node_grads;              // storage [steps - 1, M, C], room
+  void* half_grads;              // storage [halves, M, C], room
+  void* state_grads[2];          // storage, room, or null if nobody asks
+  void* grad_inputs[2];          // storage, written, or null if nobody asks
+  double* grad_alphas;           // written
+  float* grad_weights;           // written, or null if nobody asks
+};
+
 using Primitive = void (*)(const Task&);
 
 enum PrimitiveIndex { kFanOut, kMid, kAffine, kMix, kReduce, kMidBackward, kFanIn, kNumPrimitives };

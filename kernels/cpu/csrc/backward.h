@@ -107,8 +107,6 @@ PDARTS_INLINE void output_gradient(const Task& t, const Branch& b, int64_t first
     const Vec first = load(b.coef + c), second = load(b.coef + channels + c);
     const Vec third = load(b.coef + 2 * channels + c);
     for (int64_t p = 0; p < pixels; ++p) {
-      prefetch(g + p * b.grad_stride + c + kAhead);
-      prefetch(y + p * channels + c + kAhead);
       Vec v = first * load(g + p * b.grad_stride + c) + second * load(y + p * channels + c) + third;
       float* o = dy + p * channels + c;
       if (add) v += load(o);
@@ -117,12 +115,25 @@ PDARTS_INLINE void output_gradient(const Task& t, const Branch& b, int64_t first
   }
 }
 
+// What output_gradient reads next.
+struct GradientAhead {
+  Ahead grad, y;
+};
+
+template <class T>
+PDARTS_INLINE GradientAhead gradient_ahead(const Task& t, const Branch& b, int64_t pixel) {
+  return {Ahead::of(static_cast<const T*>(b.grad) + pixel * b.grad_stride, b.grad_stride),
+          Ahead::of(static_cast<const T*>(b.y) + pixel * t.channels, t.channels)};
+}
+
 // grad (a plane) at `places` = dy [pixels, C] W.
 PDARTS_SHARED void product_into_plane(const float* dy, int64_t pixels, int64_t channels,
                                       const float* pointwise, const int32_t* places,
-                                      const Plane& grad) {
+                                      const Plane& grad, const GradientAhead& ahead) {
   product(dy, channels, pixels, channels, pointwise, channels,
           [&](int64_t p, int64_t block, Vec v) {
+            ahead.grad.ask(p, block);
+            ahead.y.ask(p, block);
             store(grad.data + block * grad.plane + places[p], v);
           });
 }
@@ -135,15 +146,18 @@ PDARTS_SHARED void add_outer(const float* a, int64_t rows, const float* b, int64
 
 // For a convolution and output rows [begin, end) of image n: the gradient of the depthwise output
 // into `grad` (a plane), and the gradient of the pointwise weights from the recomputed depthwise
-// output of `src`. `dy` and `a` hold a chunk each.
+// output of `src`. `dy` and `a` hold a chunk each. `next` is the convolution after this one.
 template <class T>
 PDARTS_INLINE void pointwise_backward(const Task& t, const Branch& b, const BackwardBranch& packed,
                                       int64_t group, int64_t n, int64_t begin, int64_t end,
-                                      const Plane& src, const Plane& grad, const int32_t* places,
-                                      float* dy, float* a) {
+                                      const Branch& next, const Plane& src, const Plane& grad,
+                                      const int32_t* places, float* dy, float* a) {
   const int64_t channels = t.channels, width = t.out_width, pixels = (end - begin) * width;
-  output_gradient<T>(t, b, (n * t.out_height + begin) * width, pixels, false, dy);
-  product_into_plane(dy, pixels, channels, packed.pointwise, places + begin * width, grad);
+  const int64_t image = n * t.out_height * width;
+  output_gradient<T>(t, b, image + begin * width, pixels, false, dy);
+  const GradientAhead ahead = end < t.out_height ? gradient_ahead<T>(t, b, image + end * width)
+                                                 : gradient_ahead<T>(t, next, image);
+  product_into_plane(dy, pixels, channels, packed.pointwise, places + begin * width, grad, ahead);
   if (!packed.grad_pointwise) return;
   depthwise_chunk(b, src, packed.depthwise, channels, begin, end, width, a);
   add_outer(dy, channels, a, channels, pixels,

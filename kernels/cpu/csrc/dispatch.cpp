@@ -1,5 +1,6 @@
-// The C interface of the library: which variants this processor runs, and calling one.
-#include "abi.h"
+// The C interface of the library: which variants this processor runs, and calling one: a primitive
+// or a whole pass of a cell.
+#include "cell.h"
 
 namespace pdarts {
 
@@ -48,11 +49,15 @@ int64_t list(Entry* entries) {
 extern "C" {
 
 // Bumped whenever abi.h changes, so that a library of another version is refused.
-int64_t pdarts_abi_version() { return 1; }
+int64_t pdarts_abi_version() { return 2; }
 
 int64_t pdarts_sizeof_task() { return sizeof(pdarts::Task); }
 
 int64_t pdarts_sizeof_branch() { return sizeof(pdarts::Branch); }
+
+int64_t pdarts_sizeof_item() { return sizeof(pdarts::Item); }
+
+int64_t pdarts_sizeof_cell() { return sizeof(pdarts::CellTask); }
 
 // Variant number `index`, best first: its name, or null past the last. Writes whether this
 // processor runs it and how many floats its vectors have.
@@ -70,6 +75,14 @@ int64_t pdarts_run(int64_t index, int64_t primitive, const pdarts::Task* task) {
   if (index < 0 || index >= pdarts::list(entries) || !entries[index].runs) return 1;
   if (primitive < 0 || primitive >= pdarts::kNumPrimitives) return 1;
   entries[index].variant->primitives[primitive](*task);
+  return 0;
+}
+
+// Runs a pass of a cell, forward or backward. Returns like `pdarts_run`.
+int64_t pdarts_run_cell(int64_t index, int64_t backward, const pdarts::CellTask* cell) {
+  pdarts::Entry entries[4];
+  if (index < 0 || index >= pdarts::list(entries) || !entries[index].runs) return 1;
+  (backward ? pdarts::cell_backward : pdarts::cell_forward)(*cell, *entries[index].variant);
   return 0;
 }
 

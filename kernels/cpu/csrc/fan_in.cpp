@@ -96,11 +96,11 @@ PDARTS_SHARED void add_transposed(const Branch& b, const BackwardBranch& packed,
 // Adds a depthwise-pointwise convolution to w.dx.
 template <class T>
 void conv_backward(const Task& t, const Branch& b, const BackwardBranch& packed, int64_t group,
-                   int64_t n, const Work& w) {
+                   int64_t n, const Branch& next, const Work& w) {
   const int64_t rows = rows_per_chunk(t);
   for (int64_t begin = 0; begin < t.out_height; begin += rows)
-    pointwise_backward<T>(t, b, packed, group, n, begin, min_of(t.out_height, begin + rows), w.x,
-                          w.grad, w.places, w.dy, w.a);
+    pointwise_backward<T>(t, b, packed, group, n, begin, min_of(t.out_height, begin + rows), next,
+                          w.x, w.grad, w.places, w.dy, w.a);
   add_transposed(b, packed, t.channels / V, w.grad, w.dx);
   weights_backward(t, b, packed, group, w.x, w.grad);
 }
@@ -187,6 +187,13 @@ void write_image(const Task& t, const Sizes& s, int64_t n, const T* image, const
       }
 }
 
+// The convolution after branch i, the last one itself.
+const Branch& next_convolution(const Task& t, int64_t i) {
+  for (int64_t next = i + 1; next < t.num_branches; ++next)
+    if (t.branches[next].kind == kConv) return t.branches[next];
+  return t.branches[i];
+}
+
 template <class T>
 void image_backward(const Task& t, const Sizes& s, const BackwardBranch* packed, int64_t group,
                     int64_t n, const Work& w) {
@@ -200,7 +207,8 @@ void image_backward(const Task& t, const Sizes& s, const BackwardBranch* packed,
   std::memset(w.raw, 0, static_cast<size_t>(s.raw) * sizeof(float));
   for (int64_t i = 0; i < t.num_branches; ++i) {
     const Branch& b = t.branches[i];
-    if (b.kind == kConv) conv_backward<T>(t, b, packed[i], group, n, w);
+    if (b.kind == kConv)
+      conv_backward<T>(t, b, packed[i], group, n, next_convolution(t, i), w);
     if (b.kind == kSkip) skip_backward<T>(t, b, n, w);
     if (b.kind != kPointwise && b.kind != kFactorized) continue;
     const int64_t rows = rows_per_chunk(t);

@@ -78,15 +78,16 @@ int64_t max_depth(const Task& t) {
   return depth;
 }
 
-// Output rows [begin, end) of one image of one branch; `a` is the chunk's matrix.
+// Output rows [begin, end) of one image of one branch; `a` is the chunk's matrix and `fresh` its
+// outputs while they are in cache. `ahead` is the image that is read next.
 template <class T>
 void branch_rows(const Task& t, const Branch& b, const Packed& packed, const Plane& plane,
-                 const T* image, int64_t begin, int64_t end, float* a, T* y, Moments& moments) {
+                 const T* image, const Ahead& ahead, int64_t begin, int64_t end, float* a,
+                 T* fresh, T* y, Moments& moments) {
   const int64_t channels = t.channels, width = t.out_width;
-  T* out = y + begin * width * channels;
   const int64_t pixels = (end - begin) * width;
   if (!has_product(b)) {
-    pool_rows(t, b, image, begin, end, a, y);
+    pool_rows(t, b, image, begin, end, a, fresh);
   } else {
     const int64_t depth = depth_of(t, b);
     if (b.kind == kConv) {
@@ -95,19 +96,24 @@ void branch_rows(const Task& t, const Branch& b, const Packed& packed, const Pla
       gather(t, b, image, begin, end, a);
     }
     product(a, depth, pixels, depth, packed.pointwise, channels,
-            [&](int64_t p, int64_t block, Vec v) { store(out + p * channels + block * V, v); });
+            [&](int64_t p, int64_t block, Vec v) {
+              ahead.ask(begin * width + p, block);
+              store(fresh + p * channels + block * V, v);
+            });
   }
-  add_chunk(moments, out, pixels, channels);
+  add_chunk(moments, fresh, pixels, channels);
+  write_out(y + begin * width * channels, fresh, pixels * channels);
 }
 
 template <class T>
 void branch_image(const Task& t, const Branch& b, const Packed& packed, const Plane& plane,
-                  const T* image, int64_t n, float* a, Moments& moments) {
+                  const T* image, const Ahead& ahead, int64_t n, float* a, T* fresh,
+                  Moments& moments) {
   const int64_t rows = rows_per_chunk(t);
   T* y = static_cast<T*>(b.y) + n * t.out_height * t.out_width * t.channels;
   for (int64_t begin = 0; begin < t.out_height; begin += rows)
-    branch_rows(t, b, packed, plane, image, begin, min_of(t.out_height, begin + rows), a, y,
-                moments);
+    branch_rows(t, b, packed, plane, image, ahead, begin, min_of(t.out_height, begin + rows), a,
+                fresh, y, moments);
 }
 
 // mean and biased variance of every branch from the groups' partial ones.
@@ -125,6 +131,18 @@ void finish(const Task& t, const Packed* packed) {
     }
     for (int64_t c = 0; c < t.channels; ++c) total.squares[c] /= total.count;
   }
+}
+
+// What is read after branch i of image n: the next branch's input, or the next image.
+template <class T>
+Ahead next_input(const Task& t, int64_t i, int64_t n, bool second) {
+  if (!second)
+    return Ahead::of(static_cast<const T*>(t.x) + (n + 1) * t.in_height * t.in_width * t.x_stride,
+                     t.x_stride);
+  const Branch& next = t.branches[min_of(i + 1, t.num_branches - 1)];
+  return Ahead::of(
+      static_cast<const T*>(next.input) + n * t.out_height * t.out_width * next.input_stride,
+      next.input_stride);
 }
 
 // `second` is mid: every branch has an input of its own.
@@ -145,11 +163,13 @@ void run(const Task& t, bool second) {
   {
     Scratch& local = local_scratch;
     const int64_t plane_floats = any_conv ? Plane::floats(height, width, padding, blocks) : 0;
-    local.reset(Scratch::bytes_for<float>(plane_floats) + Scratch::bytes_for<float>(a_floats));
+    local.reset(Scratch::bytes_for<float>(plane_floats) + Scratch::bytes_for<float>(a_floats) +
+                Scratch::bytes_for<T>(chunk_pixels(t) * t.channels));
     const Plane plane =
         any_conv ? Plane::make(local, height, width, padding, blocks) : Plane{};
     float* a = local.take<float>(a_floats);
-#pragma omp for schedule(dynamic, 1)
+    T* fresh = local.take<T>(chunk_pixels(t) * t.channels);
+#pragma omp for schedule(dynamic, 1) nowait
     for (int64_t g = 0; g < t.groups; ++g) {
       const Range range = group_range(t, g);
       for (int64_t n = range.begin; n < range.end; ++n) {
@@ -170,10 +190,12 @@ void run(const Task& t, bool second) {
           double* part = packed[i].moments + g * 2 * t.channels;
           const double before = static_cast<double>((n - range.begin) * t.out_height * t.out_width);
           Moments moments{before, part, part + t.channels};
-          branch_image(t, b, packed[i], plane, image, n, a, moments);
+          branch_image(t, b, packed[i], plane, image, next_input<T>(t, i, n, second), n, a, fresh,
+                       moments);
         }
       }
     }
+    end_streams();
   }
   finish(t, packed);
 }

@@ -15,30 +15,42 @@ namespace {
 
 thread_local Scratch shared_scratch, sums_scratch, local_scratch;
 
-// dv of output rows [begin, end) of image n, its sums into `total` [2, C]. `a` holds a chunk.
+// dv of output rows [begin, end) of image n, its sums into `total` [2, C]. `a` holds a chunk; `ahead`
+// is what the next branch reads first.
 template <class T>
 void input_gradient(const Task& t, const Branch& b, const BackwardBranch& packed, int64_t n,
-                    int64_t begin, int64_t end, const Plane& v, const Plane& grad, float* a,
-                    double* total) {
+                    int64_t begin, int64_t end, const Ahead& ahead, const Plane& v,
+                    const Plane& grad, float* a, double* total) {
   const int64_t channels = t.channels, width = t.out_width, blocks = channels / V;
   T* out = static_cast<T*>(b.grad_input) + (n * t.out_height + begin) * width * channels;
   // The stride of a second half is 1, so its transposed convolution is one with turned kernels.
   depthwise_chunk(b, grad, packed.flipped, channels, begin, end, width, a);
   for (int64_t block = 0; block < blocks; ++block) {
-    Vec sum = {}, product = {};
     int64_t at = block * V;
-    for (int64_t row = begin; row < end; ++row)
-      for (int64_t column = 0; column < width; ++column, at += channels) {
-        const Vec forward = load(v.at(block, row, column));
-        store(out + at, masked(load(a + at), forward));
-        // Sums are of what is stored, so that means cancel exactly in the first half.
-        const Vec dv = load(out + at);
-        sum += dv;
-        product += dv * forward;
+    // Pixels alternate between chains of sums: a chain waits for its last addition.
+    constexpr int kChains = 4;
+    Vec sum[kChains] = {}, product[kChains] = {};
+    const auto add = [&](int64_t row, int64_t column, int chain) {
+      const Vec forward = load(v.at(block, row, column));
+      ahead.ask(row * width + column, block);
+      store(out + at, masked(load(a + at), forward));
+      // Sums are of what is stored, so that means cancel exactly in the first half.
+      const Vec dv = load(out + at);
+      sum[chain] += dv;
+      product[chain] += dv * forward;
+      at += channels;
+    };
+    for (int64_t row = begin; row < end; ++row) {
+      int64_t column = 0;
+      for (; column + kChains <= width; column += kChains) {
+        PDARTS_UNROLL
+        for (int i = 0; i < kChains; ++i) add(row, column + i, i);
       }
+      for (; column < width; ++column) add(row, column, 0);
+    }
     float chunk[2][V];
-    store(chunk[0], sum);
-    store(chunk[1], product);
+    store(chunk[0], (sum[0] + sum[1]) + (sum[2] + sum[3]));
+    store(chunk[1], (product[0] + product[1]) + (product[2] + product[3]));
     add_sums(total + block * V, chunk[0], V);
     add_sums(total + channels + block * V, chunk[1], V);
   }
@@ -46,7 +58,7 @@ void input_gradient(const Task& t, const Branch& b, const BackwardBranch& packed
 
 template <class T>
 void image_backward(const Task& t, const Branch& b, const BackwardBranch& packed, int64_t group,
-                    int64_t n, const Plane& v, const Plane& grad, const int32_t* places,
+                    int64_t n, const Branch& next, const Plane& v, const Plane& grad, const int32_t* places,
                     float* dy, float* a, double* total) {
   const int64_t pixels = t.out_height * t.out_width, rows = rows_per_chunk(t);
   const T* in = static_cast<const T*>(b.input) + n * pixels * b.input_stride;
@@ -55,12 +67,20 @@ void image_backward(const Task& t, const Branch& b, const BackwardBranch& packed
     return relu(x * load(b.scale + block * V) + load(b.shift + block * V));
   });
   for (int64_t begin = 0; begin < t.out_height; begin += rows)
-    pointwise_backward<T>(t, b, packed, group, n, begin, min_of(t.out_height, begin + rows), v,
-                          grad, places, dy, a);
+    pointwise_backward<T>(t, b, packed, group, n, begin, min_of(t.out_height, begin + rows), next,
+                          v, grad, places, dy, a);
+  const Ahead ahead =
+      Ahead::of(static_cast<const T*>(next.input) + n * pixels * next.input_stride,
+                next.input_stride);
   for (int64_t begin = 0; begin < t.out_height; begin += rows)
-    input_gradient<T>(t, b, packed, n, begin, min_of(t.out_height, begin + rows), v, grad, a,
-                      total);
+    input_gradient<T>(t, b, packed, n, begin, min_of(t.out_height, begin + rows), ahead, v, grad,
+                      a, total);
   weights_backward(t, b, packed, group, v, grad);
+}
+
+// The branch after number i, the last one itself.
+const Branch& next_branch(const Task& t, int64_t i) {
+  return t.branches[min_of(i + 1, t.num_branches - 1)];
 }
 
 template <class T>
@@ -90,7 +110,8 @@ void run(const Task& t) {
       const Range range = group_range(t, group);
       for (int64_t n = range.begin; n < range.end; ++n)
         for (int64_t i = 0; i < t.num_branches; ++i)
-          image_backward<T>(t, t.branches[i], packed[i], group, n, v, grad, places, dy, a,
+          image_backward<T>(t, t.branches[i], packed[i], group, n, next_branch(t, i), v, grad, places,
+                            dy, a,
                             partial + group * columns + i * 2 * channels);
     }
   }

@@ -2,6 +2,7 @@
 //   out = shift + sum over branches of scale * y, or scale * dropout(x) for a skip
 // affine: out = x * scale + shift, in place, for the cell's normalised inputs.
 #include "dropout.h"
+#include "operand.h"
 #include "primitives.h"
 
 namespace pdarts {
@@ -15,20 +16,20 @@ thread_local Scratch local_scratch;
 // that stays in the first-level cache.
 constexpr int64_t kRun = 4096;
 
-// total [pixels, C] += branch, for pixels first .. first + pixels - 1 of the batch.
+// total [pixels, C] += branch, for pixels first .. first + pixels - 1 of the batch. `ahead` is what
+// is read next.
 template <class T>
-void add_branch(const Task& t, const Branch& b, int64_t first, int64_t pixels, float* factors,
-                float* total) {
-  const int64_t channels = t.channels;
-  const T* x = b.kind == kSkip ? static_cast<const T*>(b.input) : static_cast<const T*>(b.y);
-  const int64_t stride = b.kind == kSkip ? b.input_stride : channels;
-  x += first * stride;
+void add_branch(const Task& t, const Branch& b, int64_t first, int64_t pixels, const Ahead& ahead,
+                float* factors, float* total) {
+  const int64_t channels = t.channels, stride = operand_stride(t, b);
+  const T* x = operand<T>(b) + first * stride;
   if (b.kind == kSkip && b.stream >= 0) {
     const int64_t real = t.real_channels;
     const float* keep = dropout_factors(t, b, first * real, pixels * real, factors);
     for (int64_t p = 0; p < pixels; ++p)
       for (int64_t c = 0; c < channels; c += V) {
         float* o = total + p * channels + c;
+        ahead.ask(p, c / V);
         store(o, load(o) + load(b.scale + c) * load(keep + p * real + c) * load(x + p * stride + c));
       }
     return;
@@ -36,6 +37,7 @@ void add_branch(const Task& t, const Branch& b, int64_t first, int64_t pixels, f
   for (int64_t p = 0; p < pixels; ++p)
     for (int64_t c = 0; c < channels; c += V) {
       float* o = total + p * channels + c;
+      ahead.ask(p, c / V);
       store(o, load(o) + load(b.scale + c) * load(x + p * stride + c));
     }
 }
@@ -59,7 +61,8 @@ void run_mix(const Task& t) {
       for (int64_t p = 0; p < pixels; ++p)
         for (int64_t c = 0; c < channels; c += V) store(total + p * channels + c, load(t.shift + c));
       for (int64_t i = 0; i < t.num_branches; ++i)
-        add_branch<T>(t, t.branches[i], first, pixels, factors, total);
+        add_branch<T>(t, t.branches[i], first, pixels, operand_ahead<T>(t, i, first, pixels), factors,
+                      total);
       T* out = static_cast<T*>(t.out) + first * t.out_stride;
       for (int64_t p = 0; p < pixels; ++p)
         for (int64_t c = 0; c < channels; c += V)

@@ -35,7 +35,7 @@ PDARTS_INLINE void divide_by_area(const Task& t, int64_t stride, int64_t row, fl
   }
 }
 
-// y [out pixels, C], rows [begin, end), of a kMaxPool or kAvgPool branch. `a` holds a row.
+// y [out pixels, C] = rows [begin, end) of a kMaxPool or kAvgPool branch. `a` holds a row.
 template <class T>
 PDARTS_INLINE void pool_rows(const Task& t, const Branch& b, const T* image, int64_t begin,
                              int64_t end, float* a, T* y) {
@@ -58,7 +58,7 @@ PDARTS_INLINE void pool_rows(const Task& t, const Branch& b, const T* image, int
       }
     });
     if (!is_max) divide_by_area(t, b.stride, row, a);
-    T* out = y + row * t.out_width * channels;
+    T* out = y + (row - begin) * t.out_width * channels;
     for (int64_t i = 0; i < t.out_width * channels; i += V) store(out + i, load(a + i));
   }
 }

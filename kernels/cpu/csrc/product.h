@@ -1,7 +1,9 @@
 // Small matrix products over a chunk of pixels, in registers.
 //
 // The tile is 6 pixels (or rows) x 2 vectors: 12 accumulators, 2 loads and 1 broadcast fill the
-// 16 registers of AVX2. A matrix unit (AVX512-BF16, AMX) would replace `product` and `outer`.
+// 16 registers of AVX2. With the 32 registers of AVX-512 it is 8 x 2, and 16 x 1 where the matrix is
+// one vector wide (C = 16): 16 sums hide the latency of a multiply-add, and 64 pixels are whole
+// tiles. A matrix unit (AVX512-BF16, AMX) would replace `product` and `outer`.
 #pragma once
 
 #include "scratch.h"
@@ -9,7 +11,8 @@
 namespace pdarts {
 namespace PDARTS_VARIANT {
 
-constexpr int kTileRows = 6;
+template <int NV>
+constexpr int kTileRows = kManyRegisters ? 16 / NV : 6;
 
 // Packs B [K, N] into panels of 2 V columns (the last may have V): panel, k, column.
 // B is read as b[k * k_stride + n * n_stride].
@@ -49,21 +52,29 @@ PDARTS_INLINE void product_tile(const float* a, int64_t a_stride, const float* b
   }
 }
 
+// The last R or fewer pixels, as tiles of R, R / 2, ... 1.
+template <int R, int NV, class Put>
+PDARTS_INLINE void product_rest(const float* a, int64_t a_stride, int64_t pixels, const float* b,
+                                int64_t depth, int64_t pixel, int64_t block, Put put) {
+  if (pixels >= R) {
+    product_tile<R, NV>(a, a_stride, b, depth, pixel, block, put);
+    a += R * a_stride;
+    pixel += R;
+    pixels -= R;
+  }
+  if constexpr (R > 1)
+    product_rest<R / 2, NV>(a, a_stride, pixels, b, depth, pixel, block, put);
+}
+
 template <int NV, class Put>
 PDARTS_INLINE void product_panel(const float* a, int64_t a_stride, int64_t pixels, const float* b,
                                  int64_t depth, int64_t block, Put put) {
+  constexpr int kRows = kTileRows<NV>;
   int64_t p = 0;
-  for (; p + kTileRows <= pixels; p += kTileRows)
-    product_tile<kTileRows, NV>(a + p * a_stride, a_stride, b, depth, p, block, put);
-  const float* rest = a + p * a_stride;
-  switch (pixels - p) {
-    case 5: product_tile<5, NV>(rest, a_stride, b, depth, p, block, put); break;
-    case 4: product_tile<4, NV>(rest, a_stride, b, depth, p, block, put); break;
-    case 3: product_tile<3, NV>(rest, a_stride, b, depth, p, block, put); break;
-    case 2: product_tile<2, NV>(rest, a_stride, b, depth, p, block, put); break;
-    case 1: product_tile<1, NV>(rest, a_stride, b, depth, p, block, put); break;
-    default: break;
-  }
+  for (; p + kRows <= pixels; p += kRows)
+    product_tile<kRows, NV>(a + p * a_stride, a_stride, b, depth, p, block, put);
+  product_rest<kRows >= 16 ? 8 : 4, NV>(a + p * a_stride, a_stride, pixels - p, b, depth, p, block,
+                                        put);
 }
 
 // put(pixel, channel block, sum_k a[pixel][k] B[k]) for a [pixels, depth] and packed B.
@@ -109,9 +120,14 @@ PDARTS_INLINE void outer_tile(const float* a, int64_t a_stride, const float* b, 
 template <int NV>
 PDARTS_INLINE void outer_panel(const float* a, int64_t rows, const float* b, int64_t b_stride,
                                int64_t pixels, float* out, int64_t out_stride) {
+  constexpr int kRows = kTileRows<NV>;
   int64_t i = 0;
-  for (; i + kTileRows <= rows; i += kTileRows)
-    outer_tile<kTileRows, NV>(a + i, rows, b, b_stride, pixels, out + i * out_stride, out_stride);
+  for (; i + kRows <= rows; i += kRows)
+    outer_tile<kRows, NV>(a + i, rows, b, b_stride, pixels, out + i * out_stride, out_stride);
+  if (kRows > 8 && i + 8 <= rows) {
+    outer_tile<8, NV>(a + i, rows, b, b_stride, pixels, out + i * out_stride, out_stride);
+    i += 8;
+  }
   if (i + 4 <= rows) {
     outer_tile<4, NV>(a + i, rows, b, b_stride, pixels, out + i * out_stride, out_stride);
     i += 4;

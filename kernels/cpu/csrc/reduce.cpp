@@ -4,6 +4,7 @@
 // With scale and shift of the normalisation these give the gradient of the alpha and both batch
 // means of the BatchNorm backward.
 #include "dropout.h"
+#include "operand.h"
 #include "primitives.h"
 #include "statistics.h"
 
@@ -34,21 +35,24 @@ PDARTS_INLINE void add_sum(int64_t pixels, int64_t channels, double* total, F f)
   }
 }
 
+// `ahead` is what is read next.
 template <class T>
 void branch_sums(const Task& t, const Branch& b, const T* g, int64_t first, int64_t pixels,
-                 float* factors, double* total) {
+                 const Ahead& ahead, float* factors, double* total) {
   const int64_t gs = t.x_stride;
   if (b.kind != kSkip) {
-    const T* y = static_cast<const T*>(b.y) + first * t.channels;
+    const T* y = operand<T>(b) + first * t.channels;
     add_sum(pixels, t.channels, total, [&](int64_t p, int64_t c) {
+      ahead.ask(p, c / V);
       return load(g + p * gs + c) *
              (load(y + p * t.channels + c) * load(b.scale + c) + load(b.shift + c));
     });
     return;
   }
-  const T* x = static_cast<const T*>(b.input) + first * b.input_stride;
+  const T* x = operand<T>(b) + first * b.input_stride;
   if (b.stream < 0) {
     add_sum(pixels, t.channels, total, [&](int64_t p, int64_t c) {
+      ahead.ask(p, c / V);
       return load(g + p * gs + c) * load(x + p * b.input_stride + c);
     });
     return;
@@ -56,6 +60,7 @@ void branch_sums(const Task& t, const Branch& b, const T* g, int64_t first, int6
   const int64_t real = t.real_channels;
   const float* keep = dropout_factors(t, b, first * real, pixels * real, factors);
   add_sum(pixels, t.channels, total, [&](int64_t p, int64_t c) {
+    ahead.ask(p, c / V);
     return load(g + p * gs + c) * load(keep + p * real + c) * load(x + p * b.input_stride + c);
   });
 }
@@ -87,7 +92,8 @@ void run(const Task& t) {
         add_sum(pixels, channels, total,
                 [&](int64_t p, int64_t c) { return load(g + p * t.x_stride + c); });
         for (int64_t i = 0; i < t.num_branches; ++i)
-          branch_sums(t, t.branches[i], g, first, pixels, factors, total + (i + 1) * channels);
+          branch_sums(t, t.branches[i], g, first, pixels, operand_ahead<T>(t, i, first, pixels),
+                      factors, total + (i + 1) * channels);
       }
     }
   }

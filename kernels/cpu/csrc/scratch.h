@@ -103,6 +103,19 @@ PDARTS_INLINE int64_t chunk_pixels(const Task& task) {
 
 PDARTS_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// to [count] = from, which nobody needs soon: past the caches where that is possible.
+PDARTS_INLINE void write_out(float* to, const float* from, int64_t count) {
+  if (reinterpret_cast<uintptr_t>(to) % (V * sizeof(float)) != 0) {
+    for (int64_t i = 0; i < count; i += V) store(to + i, load(from + i));
+    return;
+  }
+  for (int64_t i = 0; i < count; i += V) stream(to + i, load(from + i));
+}
+
+PDARTS_INLINE void write_out(BFloat* to, const BFloat* from, int64_t count) {
+  std::memcpy(to, from, static_cast<size_t>(count) * sizeof(BFloat));
+}
+
 // plane = f(pixel, channel block) over every pixel of the image.
 template <class F>
 PDARTS_INLINE void fill(const Plane& plane, int64_t blocks, F f) {

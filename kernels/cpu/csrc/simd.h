@@ -12,6 +12,7 @@
 
 #define PDARTS_UNROLL _Pragma("GCC unroll 64")
 #define PDARTS_INLINE static inline __attribute__((always_inline))
+#define PDARTS_INLINE_METHOD inline __attribute__((always_inline))
 // Compiled once for all storage types and callers: these unroll into thousands of instructions.
 #define PDARTS_SHARED [[maybe_unused]] static __attribute__((noinline))
 
@@ -19,6 +20,9 @@ namespace pdarts {
 namespace PDARTS_VARIANT {
 
 constexpr int V = PDARTS_WIDTH;
+
+// AVX-512 has 32 vector registers, everything else is written for 16.
+constexpr bool kManyRegisters = V == 16;
 
 typedef float Vec __attribute__((vector_size(V * 4)));
 typedef float UnalignedVec __attribute__((vector_size(V * 4), aligned(4), may_alias));
@@ -47,6 +51,17 @@ PDARTS_INLINE void store(BFloat* p, Vec v) {
   *reinterpret_cast<UnalignedHalf*>(p) = __builtin_convertvector(w >> 16, Half);
 }
 
+// The value in a register: otherwise the compiler may load it anew for every use, and a load for
+// every multiply-add is as many as the processor can do.
+PDARTS_INLINE Vec in_register(Vec v) {
+#if defined(__AVX512F__) && PDARTS_WIDTH == 16
+  asm("" : "+v"(v));
+#elif defined(__AVX__) && PDARTS_WIDTH == 8
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
+
 // x - 0 is x for every x, so this is a plain broadcast.
 PDARTS_INLINE Vec broadcast(float s) { return s - Vec{}; }
 
@@ -66,14 +81,41 @@ PDARTS_INLINE Vec relu(Vec v) { return maximum(Vec{}, v); }
 
 PDARTS_INLINE Vec masked(Vec value, Vec by) { return by > Vec{} ? value : Vec{}; }
 
-// Elements that arrays streamed from memory are asked for ahead of their use: a run of pixels of
-// one array is too short for the hardware to notice the stream.
-constexpr int64_t kAhead = 1024;
-
-template <class T>
-PDARTS_INLINE void prefetch(const T* p) {
-  __builtin_prefetch(p);
+// Past the caches: a plain store first reads the line that it overwrites. `p` is aligned to the
+// vector; `end_streams` comes before another thread reads.
+PDARTS_INLINE void stream(float* p, Vec v) {
+#if defined(__AVX512F__) && PDARTS_WIDTH == 16
+  _mm512_stream_ps(p, v);
+#elif defined(__AVX__) && PDARTS_WIDTH == 8
+  _mm256_stream_ps(p, v);
+#else
+  store(p, v);
+#endif
 }
+
+PDARTS_INLINE void end_streams() {
+#if defined(__AVX__)
+  _mm_sfence();
+#endif
+}
+
+// Rows of storage that the next chunk of pixels reads. Asking for all of them at once waits for the
+// memory as reading them does; asked for one by one between the tiles of a product, they arrive
+// while it computes.
+struct Ahead {
+  const char* data;
+  int64_t pixel_bytes, block_bytes;
+
+  template <class T>
+  static Ahead of(const T* first, int64_t stride) {
+    const int64_t size = static_cast<int64_t>(sizeof(T));
+    return {reinterpret_cast<const char*>(first), stride * size, V * size};
+  }
+
+  PDARTS_INLINE_METHOD void ask(int64_t pixel, int64_t block) const {
+    __builtin_prefetch(data + pixel * pixel_bytes + block * block_bytes);
+  }
+};
 
 }  // namespace PDARTS_VARIANT
 }  // namespace pdarts

@@ -1,0 +1,153 @@
+"""Whole passes of a cell in one call of the compiled library.
+
+The order of the primitives and the algebra between them are those of ``cell_forward`` and
+``cell_backward``; ``csrc/cell_forward.cpp`` and ``csrc/cell_backward.cpp`` repeat them because
+Python between the primitives took a third of the time of the last stage.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import calls as cell_calls
+from .. import plan as plans
+from ..calls import Call
+from ..cell_pass import Saved
+from ..interface import Arrays
+from ..plan import Plan
+from . import abi
+from .library import Library
+from .memory import pool
+
+
+class Tables:
+    """A plan's calls as C structs; holds the memory that they point to.
+
+    Attributes:
+        struct: What ``abi.CellTask.calls`` points to.
+    """
+
+    def __init__(self, plan: Plan, offsets: list[int]) -> None:
+        calls = cell_calls.of(plan.key)
+        self._offsets = [*offsets, -1]
+        self._kept: list[object] = []
+        self.struct = abi.CellCalls(
+            steps=plan.steps,
+            slots=plan.num_slots,
+            halves=calls.num_halves,
+            alphas=sum(range(2, 2 + plan.steps)) * plan.num_ops,
+            norms=len(plan.norms),
+            inputs=self._calls(calls.inputs),
+            leave=self._calls(calls.leave),
+            second=self._calls(calls.second),
+            enter=self._calls(calls.both),
+            enter_second=self._calls([call for row in calls.enter_second for call in row]),
+            gather=self._calls(calls.gather),
+        )
+
+    def _calls(self, calls: Sequence[Call]) -> int:
+        """Address of an array of ``struct Call``."""
+        array = (abi.Call * len(calls))()
+        for struct, call in zip(array, calls, strict=True):
+            items = self._items(call)
+            normed = sum(item.kind != plans.SKIP for item in call.items)
+            struct.count, struct.normed = len(call.items), normed
+            struct.items = items.ctypes.data
+            self._kept.append(items)
+        self._kept.append(array)
+        return ctypes.addressof(array)
+
+    def _items(self, call: Call) -> np.ndarray:
+        table = np.zeros(len(call.items), dtype=abi.ITEM)
+        for name in abi.ITEM.names or ():
+            if name not in ("depthwise", "pointwise", "alpha"):
+                table[name] = [getattr(item, name) for item in call.items]
+        table["depthwise"] = [self._offsets[item.depthwise] for item in call.items]
+        table["pointwise"] = [self._offsets[item.pointwise] for item in call.items]
+        table["alpha"] = [item.edge * call.num_ops + item.op for item in call.items]
+        return table
+
+
+class CompiledCell:
+    """``interface.WholeCell`` over the compiled library."""
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+        self._tables: dict[tuple[str, tuple[int, ...]], Tables] = {}
+
+    def _struct(self, plan: Plan, offsets: list[int]) -> abi.CellCalls:
+        key = (plan.key, tuple(offsets))
+        if key not in self._tables:
+            self._tables[key] = Tables(plan, offsets)
+        return self._tables[key].struct
+
+    def _task(self, plan: Plan, saved: Saved, arrays: Arrays, alphas: Tensor) -> abi.CellTask:
+        """What both passes need; ``alphas`` is float64 and contiguous."""
+        struct = self._struct(plan, arrays.weights.layout.offsets)
+        slots = saved.slots
+        task = abi.CellTask(calls=ctypes.addressof(struct))
+        _, task.images, task.height, task.width, task.channels = slots.shape
+        task.real_channels, task.training = arrays.channels, arrays.training
+        task.bf16, task.threads = slots.dtype == torch.bfloat16, torch.get_num_threads()
+        for which in (0, 1):
+            _, height, width, channels = saved.inputs[which].shape
+            task.in_height[which], task.in_width[which] = height, width
+            task.in_channels[which] = channels
+            _, task.state_height[which], task.state_width[which], _ = saved.states[which].shape
+            task.inputs[which] = saved.inputs[which].data_ptr()
+            task.states[which] = saved.states[which].data_ptr()
+        task.nodes, task.y = saved.nodes.data_ptr(), slots.data_ptr()
+        task.norms, task.alphas = saved.norms.data_ptr(), alphas.data_ptr()
+        task.weights = arrays.weights.flat.data_ptr()
+        task.dropout_rate = arrays.rate.data_ptr()
+        task.dropout_state = arrays.state.data_ptr()
+        return task
+
+    def forward(
+        self, plan: Plan, saved: Saved, arrays: Arrays, alphas: Tensor, stats: Tensor
+    ) -> None:
+        alphas = alphas.detach().double().contiguous()
+        task = self._task(plan, saved, arrays, alphas)
+        task.stats = stats.data_ptr()
+        self.library.run_cell(task, backward=False)
+
+    def backward(
+        self,
+        plan: Plan,
+        saved: Saved,
+        arrays: Arrays,
+        alphas: Tensor,
+        grad: Tensor,
+        want_inputs: tuple[bool, bool],
+    ) -> tuple[list[Tensor | None], Tensor]:
+        slots, weights = saved.slots, arrays.weights.grad
+        alphas = alphas.detach().double().contiguous()
+        grad_alphas = torch.empty_like(alphas)
+        task = self._task(plan, saved, arrays, alphas)
+        task.grad, task.grad_alphas = grad.data_ptr(), grad_alphas.data_ptr()
+        room = pool.empty((max(plan.steps - 1, 1), *slots.shape[1:]), slots.dtype)
+        halves = pool.empty((max(self._halves(plan), 1), *slots.shape[1:]), slots.dtype)
+        task.node_grads, task.half_grads = room.data_ptr(), halves.data_ptr()
+        if weights is not None:
+            task.grad_weights = weights.data_ptr()
+        inputs: list[Tensor | None] = [None, None]
+        kept = []
+        for which, want in enumerate(want_inputs):
+            if want:
+                like = saved.inputs[which]
+                inputs[which] = pool.empty(tuple(like.shape), like.dtype)
+                task.grad_inputs[which] = inputs[which].data_ptr()
+            if want or weights is not None:
+                kept.append(pool.empty(tuple(saved.states[which].shape), slots.dtype))
+                task.state_grads[which] = kept[-1].data_ptr()
+        self.library.run_cell(task, backward=True)
+        return inputs, grad_alphas.flatten()
+
+    @staticmethod
+    def _halves(plan: Plan) -> int:
+        return cell_calls.of(plan.key).num_halves
