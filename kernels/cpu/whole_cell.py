@@ -136,12 +136,13 @@ class CompiledCell:
         if weights is not None:
             task.grad_weights = weights.data_ptr()
         inputs: list[Tensor | None] = [None, None]
-        kept = []
+        kept: list[Tensor] = []
         for which, want in enumerate(want_inputs):
             if want:
                 like = saved.inputs[which]
-                inputs[which] = pool.empty(tuple(like.shape), like.dtype)
-                task.grad_inputs[which] = inputs[which].data_ptr()
+                room_for_input = pool.empty(tuple(like.shape), like.dtype)
+                inputs[which] = room_for_input
+                task.grad_inputs[which] = room_for_input.data_ptr()
             if want or weights is not None:
                 kept.append(pool.empty(tuple(saved.states[which].shape), slots.dtype))
                 task.state_grads[which] = kept[-1].data_ptr()
