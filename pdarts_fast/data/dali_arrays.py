@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -103,19 +104,16 @@ class DaliLoader(ArrayLoader):
         self._wanted = self._augmentation or NO_AUGMENTATION
         largest = self._shard.size(min(self._batch_size, self._count))
         one = Plan(*(np.zeros(1, dtype=np.int64) for _ in Plan._fields))
-        self._pipelines = PipelinePool(
-            lambda: self._build(largest, workers), self._feed(one), self.device
-        )
-
-    def _build(self, batch_size: int, workers: int) -> Any:
         height, width = self._images.shape[2:]
-        return array_pipeline(
+        build = functools.partial(
+            array_pipeline,
             (height, width),
             self._wanted,
             normalisation_table(self._mean, self._std),
             self.device.type == "cuda",
-            **pipeline_options(batch_size, workers, self.device),
+            **pipeline_options(largest, workers, self.device),
         )
+        self._pipelines = PipelinePool(build, self._feed(one), self.device)
 
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
         places = self._places(start)

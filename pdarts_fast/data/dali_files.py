@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import io
 import os
 from collections.abc import Iterator
@@ -125,21 +126,17 @@ class DaliFileLoader(FileLoader):
         grey = io.BytesIO()
         Image.new("RGB", (64, 64), (127, 127, 127)).save(grey, "JPEG")
         sample = _File(grey.getvalue(), self._views.of(64, 64, (0, "warm-up"), 0))
-        self._pipelines = PipelinePool(
-            lambda: self._build(largest),
-            self._feed([sample], np.zeros(1, dtype=np.int64)),
-            self.device,
-        )
-
-    def _build(self, batch_size: int) -> Any:
-        return file_pipeline(
+        build = functools.partial(
+            file_pipeline,
             self._views.image_size,
             self._jitter,
             self._mean,
             self._std,
             self.device.type == "cuda",
-            **pipeline_options(batch_size, self._workers, self.device),
+            **pipeline_options(largest, self._workers, self.device),
         )
+        warm_up = self._feed([sample], np.zeros(1, dtype=np.int64))
+        self._pipelines = PipelinePool(build, warm_up, self.device)
 
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
         rows = self._rows(epoch, start)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+
+log = logging.getLogger(__name__)
 
 # Batches that a pipeline holds: one is prepared while the step runs on the other.
 DEPTH = 2
@@ -64,6 +67,10 @@ class PipelinePool:
         self._device = device
         self._idle: list[Any] = []
 
+    def __del__(self) -> None:
+        for pipeline in self._idle:
+            _close(pipeline)
+
     def stream(self, feeds: Iterable[Feed]) -> Iterator[tuple[torch.Tensor, ...]]:
         """Yields the outputs of each batch, in order, on the device.
 
@@ -73,36 +80,46 @@ class PipelinePool:
             PipelineFailure: DALI failed; the pipeline is dropped.
         """
         pipeline = self._idle.pop() if self._idle else self._build()
-        pending, failure = 0, None
-        source = iter(feeds)
+        source, more, running = iter(feeds), True, 0
+        failure: Exception | None = None
         try:
-            while failure is None:
-                try:
-                    feed = next(source)
-                except StopIteration:
-                    break
-                # An error in the making of a batch comes after the batches before it.
-                except Exception as error:
-                    failure = error
-                    break
-                self._start(pipeline, feed)
-                pending += 1
-                if pending == DEPTH:
-                    pending -= 1
+            while more or running:
+                while more and running < DEPTH:
+                    try:
+                        feed = next(source, None)
+                    # An error in the making of a batch comes after the batches before it.
+                    except Exception as error:
+                        failure, feed = error, None
+                    more = feed is not None
+                    if feed is not None:
+                        self._start(pipeline, feed)
+                        running += 1
+                if running:
+                    running -= 1
                     yield self._take(pipeline)
-            while pending:
-                pending -= 1
-                yield self._take(pipeline)
             if failure is not None:
                 raise failure
         except PipelineFailure:
+            _close(pipeline)
             pipeline = None
             raise
         finally:
+            # An error holds this frame: without this the two would hold each other.
+            failure = None
             if pipeline is not None:
-                for _ in range(pending):
-                    self._take(pipeline)
-                self._idle.append(pipeline)
+                self._put_back(pipeline, running)
+
+    def _put_back(self, pipeline: Any, running: int) -> None:
+        """Keeps a pipeline for later, without the batches that nobody waits for any more."""
+        try:
+            for _ in range(running):
+                self._take(pipeline)
+        except PipelineFailure as failure:
+            # It concerns none of the batches that were asked for; the next use builds another.
+            log.debug("a DALI pipeline failed after its last batch: %s", failure)
+            _close(pipeline)
+        else:
+            self._idle.append(pipeline)
 
     def _build(self) -> Any:
         pipeline = self._make()
@@ -134,6 +151,15 @@ class PipelinePool:
         except RuntimeError as error:
             raise PipelineFailure(_reason(error)) from error
         return tuple(torch.from_dlpack(output.as_tensor()) for output in outputs)
+
+
+def _close(pipeline: Any) -> None:
+    """Ends a pipeline's threads and frees its memory, but not that of tensors still held.
+
+    A pipeline is part of a reference cycle. Left to the garbage collector it would hold the
+    device's memory for long, and would hang a forked process that happens to collect it.
+    """
+    pipeline.__del__()
 
 
 def _feed(pipeline: Any, feed: Feed) -> None:

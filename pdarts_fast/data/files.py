@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pdarts_fast.data.image_folder import Listing, list_images, to_rgb
 from pdarts_fast.data.loader import Batch
@@ -174,4 +174,6 @@ def decode(file: str | BinaryIO) -> Image.Image:
 
 def unreadable(path: str, error: BaseException) -> str:
     """What is wrong with a file that a decoder refused."""
-    return f"{path}: not a readable image ({' '.join(str(error).split())})"
+    known = isinstance(error, UnidentifiedImageError)
+    reason = "no known format" if known else " ".join(str(error).split())
+    return f"{path}: not a readable image ({reason})"

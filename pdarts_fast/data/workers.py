@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -38,7 +39,7 @@ def worker_batches(
         collate_fn=collate,
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_start_worker,
         # Without one, the data loader would draw from the global generator at every epoch.
         generator=torch.Generator().manual_seed(0),
     )
@@ -46,17 +47,17 @@ def worker_batches(
     for _ in batches:
         try:
             batch = next(made)
-        except RunError:
-            raise
         except Exception as error:
             reason = " ".join(str(error).split()[-40:]) or type(error).__name__
             raise RunError(
-                f"--loader torchvision: a worker process failed ({reason}): look for memory or "
-                f"shared memory that is full, or give a smaller --workers than {workers}"
+                f"--loader torchvision: making a batch failed in one of {workers} worker processes "
+                f"({reason}): if memory or shared memory is full, give a smaller --workers"
             ) from error
         yield batch
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Leaves Ctrl+C, which reaches every process of a terminal, to the main process."""
+def _start_worker(worker: int) -> None:
+    # What belongs to the main process, its DALI pipelines for one, is not to be ended here.
+    gc.freeze()
+    # Ctrl+C reaches every process of a terminal: the main process answers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
