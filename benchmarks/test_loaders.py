@@ -21,7 +21,7 @@ from pdarts_fast.data.views import StreamAugmentation
 
 REPEATS = 3
 CIFAR = {"images": 9600, "batch_size": 96}
-FILES = {"images": 384, "batch_size": 32, "side": 224}
+FILES = {"images": 192, "batch_size": 32, "side": 224}
 DEVICES = [
     pytest.param("cpu", id="cpu"),
     pytest.param(

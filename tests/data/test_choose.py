@@ -45,7 +45,7 @@ def test_the_choice_and_its_reason(
 
 def test_dali_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dali_pipeline, "missing", lambda: LACK)
-    with pytest.raises(UsageError, match="--loader dali: DALI is not installed .* --loader auto"):
+    with pytest.raises(UsageError, match=r"--loader dali: DALI is not installed .* --loader auto"):
         choose_loader("dali", CPU, files=False)
 
 

@@ -258,11 +258,10 @@ def test_batches_before_a_broken_one_come_first(broken: Path) -> None:
         number for number, rows in enumerate(order)
         if any("red/0.jpg" in str(files[row]) for row in rows)
     )  # fmt: skip
-    shown = 0
-    with pytest.raises(RunError):
-        for _ in make("dali", broken).epoch(0):
-            shown += 1
-    assert shown == bad
+    shown: list[Tensor] = []
+    with pytest.raises(RunError, match=r"red/0\.jpg"):
+        shown.extend(images for images, _ in make("dali", broken).epoch(0))
+    assert len(shown) == bad
 
 
 @pytest.mark.skipif(

@@ -99,7 +99,7 @@ def test_interleaved_iterations_have_a_pipeline_each(pool: PipelinePool, source:
 def test_a_failure_of_dali_is_named_and_the_next_iteration_works(
     pool: PipelinePool, source: Source
 ) -> None:
-    with pytest.raises(PipelineFailure, match="out of bounds|range|limit|slice") as failure:
+    with pytest.raises(PipelineFailure, match=r"(?i)out.of.bounds") as failure:
         list(pool.stream([feed(1), feed(2, first=7), feed(3)]))
     assert "\n" not in str(failure.value)
     assert values(pool.stream([feed(4)])) == [8]
@@ -114,10 +114,9 @@ def test_an_error_of_the_feeding_side_comes_after_the_batches_before_it(
         yield feed(2)
         raise RunError("the disk is gone")
 
-    shown = []
+    shown: list[float] = []
     with pytest.raises(RunError, match="the disk is gone"):
-        for output in pool.stream(feeds()):
-            shown.append(float(output[0][0, 0]))
+        shown.extend(float(output[0][0, 0]) for output in pool.stream(feeds()))
     assert shown == [2, 4]
     assert values(pool.stream([feed(4)])) == [8]
     assert source.built == 1

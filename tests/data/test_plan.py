@@ -53,8 +53,8 @@ def test_batches_and_their_number_do_not_depend_on_the_ranks(world_size: int) ->
         assert (len(loader), loader.num_images) == (len(whole), 23) == (5, 23)
         for start in range(6):
             assert len(loader._places(start)) == 5 - start
-    together = zip(*(BatchedLoader[int](23, 5, s)._places(0) for s in ranks(world_size)))
-    for parts, batch in zip(together, whole._places(0), strict=True):
+    shares = [BatchedLoader[int](23, 5, shard)._places(0) for shard in ranks(world_size)]
+    for parts, batch in zip(zip(*shares, strict=True), whole._places(0), strict=True):
         assert set(np.concatenate(parts)) == set(batch)
 
 
