@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ import torch
 
 from pdarts_fast.data import Augmentation, Loader, load_dataset
 from pdarts_fast.data.choose import array_loader, choose_loader, file_loader
-from pdarts_fast.data.files import MEAN, STD, find_images
-from pdarts_fast.data.plan import Shard
+from pdarts_fast.data.shard import Shard
 from pdarts_fast.data.views import StreamAugmentation
 from pdarts_fast.train_config import TrainConfig
+
+# All of each batch, for a process alone.
+WHOLE = Shard()
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,7 @@ def open_data(
     config: TrainConfig,
     device: torch.device,
     normalisation: Normalisation | None = None,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
+    shard: Shard = WHOLE,
 ) -> TrainData:
     """Opens the data set of a configuration.
 
@@ -56,9 +56,7 @@ def open_data(
         device: Where batches appear.
         normalisation: Mean and standard deviation of each channel in 0..1; None for those of the
             training images (of ImageNet for images read file by file).
-        rank: This process among those that share each training batch, see `Shard`. The test
-            images are not shared: each process that asks for them gets all.
-        world_size: How many share it.
+        shard: The part of each batch that this process shows.
 
     Raises:
         UsageError: The folder is not there, a value is out of range, or the loader cannot run.
@@ -66,7 +64,7 @@ def open_data(
     """
     loader = choose_loader(config.loader, device, files=config.streams)
     open_it = _streaming if config.streams else _in_memory
-    return open_it(config, loader, device, normalisation, Shard(rank, world_size))
+    return open_it(config, loader, device, normalisation, shard)
 
 
 def _in_memory(
@@ -100,16 +98,12 @@ def _in_memory(
             shuffle=stream == "train",
             device=device,
             workers=config.workers,
-            **part,
+            rank=shard.rank,
+            world_size=shard.world_size,
         )
-        for stream, images, augmentation, part in (
-            (
-                "train",
-                dataset.train,
-                Augmentation(config.crop_padding, config.flip, config.cutout),
-                asdict(shard),
-            ),
-            ("test", dataset.test, None, {}),
+        for stream, images, augmentation in (
+            ("train", dataset.train, Augmentation(config.crop_padding, config.flip, config.cutout)),
+            ("test", dataset.test, None),
         )
     )
     facts = dataset.facts(config.dataset) | {"mean": list(mean), "std": list(std)}
@@ -123,6 +117,8 @@ def _streaming(
     normalisation: Normalisation | None,
     shard: Shard,
 ) -> TrainData:
+    # Pillow loads only where it is used.
+    from pdarts_fast.data.files import MEAN, STD, find_images
 
     assert config.data is not None
     files = find_images(Path(config.data).expanduser())
@@ -142,11 +138,12 @@ def _streaming(
             device=device,
             workers=config.workers,
             skip_broken=config.skip_broken,
-            **part,
+            rank=shard.rank,
+            world_size=shard.world_size,
         )
-        for stream, listing, augmentation, part in (
-            ("train", files.train, StreamAugmentation(config.flip, config.jitter), asdict(shard)),
-            ("test", files.test, None, {}),
+        for stream, listing, augmentation in (
+            ("train", files.train, StreamAugmentation(config.flip, config.jitter)),
+            ("test", files.test, None),
         )
     )
     facts = {

@@ -3,7 +3,8 @@
 from pdarts_fast.data.base import Dataset, ImageData, split_indices
 from pdarts_fast.data.datasets import DATASETS, load_dataset
 from pdarts_fast.data.loader import Loader, ResidentLoader
-from pdarts_fast.data.plan import Augmentation, Shard
+from pdarts_fast.data.plan import Augmentation
+from pdarts_fast.data.shard import Shard
 
 __all__ = [
     "DATASETS",

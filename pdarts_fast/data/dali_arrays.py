@@ -55,7 +55,9 @@ def array_pipeline(
         flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
         images = fn.flip(images, horizontal=flip, vertical=0)
     # One table for all channels: channel c looks up at 256 * c.
-    offsets = types.Constant(np.array([0, 256, 512], np.uint16).reshape(3, 1, 1))
+    offsets = types.Constant(
+        np.array([0, 256, 512], np.uint16).reshape(3, 1, 1), device="gpu" if gpu else "cpu"
+    )
     images = fn.lookup_table(
         fn.cast(images, dtype=types.UINT16) + offsets,
         keys=list(range(len(table))),

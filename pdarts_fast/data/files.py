@@ -15,7 +15,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pdarts_fast.data.image_folder import Listing, list_images, to_rgb
 from pdarts_fast.data.loader import Batch
-from pdarts_fast.data.plan import BatchedLoader, Shard, draw_order
+from pdarts_fast.data.plan import BatchedLoader, draw_order
+from pdarts_fast.data.shard import Shard
 from pdarts_fast.data.views import StreamAugmentation, View, evaluation_view, training_view
 from pdarts_fast.errors import RunError, UsageError
 

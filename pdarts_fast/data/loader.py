@@ -15,9 +15,9 @@ from pdarts_fast.data.plan import (
     Augmentation,
     BatchedLoader,
     Plan,
-    Shard,
     draw_plan,
 )
+from pdarts_fast.data.shard import Shard
 
 Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 _ALL = slice(None)

@@ -16,6 +16,8 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
+from pdarts_fast.data.shard import Shard
+
 B = TypeVar("B")
 
 
@@ -45,48 +47,6 @@ class Augmentation:
 
 
 NO_AUGMENTATION = Augmentation(crop_padding=0, flip=False)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The part of every batch that one of several processes shows.
-
-    A batch belongs to all ranks together: each takes an equal, contiguous part of it, so that the
-    ranks see exactly the images that a single process would, and the number of batches does not
-    depend on the number of ranks. A batch that does not divide evenly is continued with its own
-    first images until it does: no image is dropped, at most ``world_size - 1`` of a batch are
-    shown twice, and averaging the gradients of the ranks is exact for the batch so continued.
-
-    Attributes:
-        rank: this process, in ``0..world_size - 1``.
-        world_size: processes that share each batch.
-
-    Raises:
-        ValueError: a number out of range.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-
-    def __post_init__(self) -> None:
-        if self.world_size < 1:
-            raise ValueError(f"world_size must be at least 1, got {self.world_size}")
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank must be in 0..{self.world_size - 1}, got {self.rank}")
-
-    def size(self, images: int) -> int:
-        """Images that each rank shows of a batch of ``images``."""
-        return math.ceil(images / self.world_size)
-
-    def own(self, images: int) -> int:
-        """How many of this rank's images no rank before it shows: the rest are repeats."""
-        size = self.size(images)
-        return max(0, min(size, images - self.rank * size))
-
-    def places(self, first: int, stop: int) -> np.ndarray:
-        """This rank's places of the batch that holds places ``first..stop - 1``: int64 ``[n]``."""
-        size = self.size(stop - first)
-        return (self.rank * size + np.arange(size)) % (stop - first) + first
 
 
 class Plan(NamedTuple):

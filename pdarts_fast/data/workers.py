@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -59,5 +60,6 @@ def worker_batches(
 def _start_worker(worker: int) -> None:
     # What belongs to the main process, its DALI pipelines for one, is not to be ended here.
     gc.freeze()
-    # Ctrl+C reaches every process of a terminal: the main process answers.
+    # Signals are left to the main process: Ctrl+C, and what torchrun sends to a process group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setpgid(0, 0)

@@ -162,7 +162,7 @@ def test_ranks_together_show_what_one_process_shows(rival: Any, world_size: int)
         assert torch.equal(torch.cat([part[0] for part in shown])[: len(labels)], images)
         assert torch.equal(torch.cat([part[1] for part in shown])[: len(labels)], labels)
     last = torch.cat([part[-1][0] for part in parts])
-    assert torch.equal(last, torch.cat([wanted[-1][0]] * 2)[: len(last)])
+    assert torch.equal(last, torch.cat([wanted[-1][0]] * world_size)[: len(last)])
 
 
 @pytest.mark.parametrize("rival", QUICK)

@@ -43,6 +43,20 @@ def feed(number: int, count: int = 4, first: int = 0) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
+def test_one_definition_serves_both_devices(gpu: bool) -> None:
+    """The graph for a GPU can be made, not run, without one: all its operators accept it."""
+    from pdarts_fast.data import Augmentation
+    from pdarts_fast.data.dali_arrays import array_pipeline
+    from pdarts_fast.data.dali_files import file_pipeline
+
+    options = dali_pipeline.pipeline_options(4, 1, CPU)
+    table = dali_pipeline.normalisation_table((0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
+    arrays = array_pipeline((8, 8), Augmentation(4, True, 4), table, gpu, **options).serialize()
+    files = file_pipeline(24, True, (0.5,) * 3, (0.2,) * 3, gpu, **options).serialize()
+    assert (b"gpu" in arrays) == (b"gpu" in files) == (b"mixed" in files) == gpu
+
+
 @pytest.fixture
 def source() -> Source:
     return Source()

@@ -5,44 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pdarts_fast.data.plan import Augmentation, BatchedLoader, Plan, Shard, draw_plan
+from pdarts_fast.data.plan import Augmentation, BatchedLoader, Plan, draw_plan
+from pdarts_fast.data.shard import Shard
 
 
 def ranks(world_size: int) -> list[Shard]:
     return [Shard(rank, world_size) for rank in range(world_size)]
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("images", [1, 2, 5, 12, 96])
-def test_ranks_show_the_batch_in_equal_parts(images: int, world_size: int) -> None:
-    parts = [shard.places(100, 100 + images) for shard in ranks(world_size)]
-    size = -(-images // world_size)
-    assert {len(part) for part in parts} == {size} == {Shard(0, world_size).size(images)}
-    shown = np.concatenate(parts)
-    # In order, then again from the first: no image is missing, few are shown twice.
-    expected = 100 + np.arange(size * world_size) % images
-    assert shown.tolist() == expected.tolist()
-    assert len(shown) - images < world_size
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-@pytest.mark.parametrize("images", [1, 7, 40])
-def test_own_counts_what_is_not_repeated(images: int, world_size: int) -> None:
-    kept = [shard.places(0, images)[: shard.own(images)] for shard in ranks(world_size)]
-    assert np.concatenate(kept).tolist() == list(range(images))
-
-
-@pytest.mark.parametrize(
-    ("rank", "world_size", "message"),
-    [
-        (0, 0, "world_size must be at least 1, got 0"),
-        (2, 2, r"rank must be in 0\.\.1, got 2"),
-        (-1, 2, r"rank must be in 0\.\.1, got -1"),
-    ],
-)
-def test_bad_shards_are_refused(rank: int, world_size: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Shard(rank, world_size)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
