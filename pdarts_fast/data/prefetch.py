@@ -51,6 +51,9 @@ class Prefetcher:
     def _ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         ready: queue.Queue[Any] = queue.Queue(self._depth)
         gone = threading.Event()
+        if self._stream is not None:
+            # What the loader holds may still be on its way to the device.
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
         # Daemon: a program that ends inside an epoch does not wait for a batch nobody wants.
         thread = threading.Thread(target=self._produce, args=(batches, ready, gone), daemon=True)
         thread.start()
