@@ -33,7 +33,7 @@ from pdarts_fast.run.setup import command_line, description, make_display, pick_
 from pdarts_fast.run.signals import Interrupted, StopRequest
 from pdarts_fast.run.train_report import KIND, write_train_report
 from pdarts_fast.settings import differing
-from pdarts_fast.train_config import TrainConfig, preset, validate
+from pdarts_fast.train_config import FOLDERS, TrainConfig, preset, validate
 from pdarts_fast.train_data import TrainData, open_data
 from pdarts_fast.training import Progress, Training
 
@@ -169,6 +169,8 @@ def then_train(config: SearchConfig, run_dir: Path) -> TrainConfig:
     path = run_dir / "train"
     same = ("data", "download", "checksum", "seed", "device", "amp", "threads", "workers")
     shared: dict[str, Any] = {name: getattr(config, name) for name in (*same, "skip_broken")}
+    if config.dataset not in FOLDERS:
+        shared["loader"] = config.loader
     if config.image_size != search_config.preset(config.preset).image_size:
         shared["image_size"] = config.image_size
         # The auxiliary head is made for the recipe's size.

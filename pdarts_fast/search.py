@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from pdarts_fast import search_space
 from pdarts_fast.alphas import save_alphas
 from pdarts_fast.config import SearchConfig
-from pdarts_fast.data import Augmentation, Dataset, Loader, ResidentLoader, split_indices
+from pdarts_fast.data import Augmentation, Dataset, Loader, split_indices
+from pdarts_fast.data.choose import array_loader, choose_loader
 from pdarts_fast.errors import RunError
 from pdarts_fast.run.directory import RunDirectory
 from pdarts_fast.run.environment import peak_memory_mib
@@ -68,6 +69,7 @@ class Search:
             len(dataset.train), config.data_split
         )
         self._facts = dataset.facts(config.dataset)
+        self._loader_name = choose_loader(config.loader, device, files=False)
         saved = load_state(config, self._facts, run)
         self.resumed = saved is not None
         self.state = saved or SearchState(Position(), search_space.all_switches(), [])
@@ -153,7 +155,8 @@ class Search:
 
     def _loader(self, half: str, indices: np.ndarray) -> Loader:
         config = self.config
-        return ResidentLoader(
+        return array_loader(
+            self._loader_name,
             self.dataset.train,
             indices,
             batch_size=config.batch_size,
@@ -164,6 +167,7 @@ class Search:
             stream=f"stage{self.state.position.stage}-{half}",
             shuffle=True,
             device=self.device,
+            workers=config.workers,
         )
 
     def _alpha_batches(self, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
