@@ -13,6 +13,7 @@ from rich.console import Console
 
 from pdarts_fast.config import SearchConfig, differing, preset, validate
 from pdarts_fast.data import Dataset, load_dataset, split_indices
+from pdarts_fast.distributed import Ranks, joined
 from pdarts_fast.errors import RunError
 from pdarts_fast.kernels import backends
 from pdarts_fast.run.directory import RunDirectory, default_run_dir, read_config, require_usable
@@ -23,7 +24,14 @@ from pdarts_fast.run.metrics import require_tensorboard
 from pdarts_fast.run.progress import duration
 from pdarts_fast.run.report import write_report
 from pdarts_fast.run.report_data import read_run
-from pdarts_fast.run.setup import command_line, description, make_display, pick_device
+from pdarts_fast.run.setup import (
+    check_batch_size,
+    command_line,
+    description,
+    make_display,
+    pick_device,
+)
+from pdarts_fast.run.shared import for_this_attempt, load_on_all, open_run
 from pdarts_fast.run.signals import Interrupted, StopRequest
 from pdarts_fast.search import Search
 from pdarts_fast.search_space import Derivation
@@ -46,16 +54,31 @@ def run_search(config: SearchConfig) -> Path:
         Interrupted: A signal stopped it after writing a checkpoint.
     """
     config = validate(config)
-    path = config.run_dir or default_run_dir(config.dataset, config.seed)
+    with joined() as ranks:
+        config = for_this_attempt(ranks, config)
+        path = ranks.first(lambda: config.run_dir or default_run_dir(config.dataset, config.seed))
+        device = ranks.together(lambda: _check(config, path, ranks))
+        ranks.use(device)
+        return _run(config, path, device, ranks)
+
+
+def _check(config: SearchConfig, path: Path, ranks: Ranks) -> torch.device:
+    """The device, after the checks that need no data."""
+    check_batch_size(config.batch_size, ranks.size)
     require_usable(path, resume=config.resume, overwrite=config.overwrite)
     if config.resume:
         _require_same_settings(config, path)
-    device = pick_device(config.device, config.amp)
+    device = pick_device(config.device, config.amp, ranks.launch)
     backends.resolve(config.backend, device)
     if config.tensorboard:
         require_tensorboard()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    return device
+
+
+def _load(config: SearchConfig) -> Dataset:
+    """The images, of which each half has at least one."""
     dataset = load_dataset(
         config.dataset,
         config.data,
@@ -66,11 +89,18 @@ def run_search(config: SearchConfig) -> Path:
         skip_broken=config.skip_broken,
     )
     split_indices(len(dataset.train), config.data_split)
-    run = RunDirectory(path, resume=config.resume, overwrite=config.overwrite)
+    return dataset
+
+
+def _run(config: SearchConfig, path: Path, device: torch.device, ranks: Ranks) -> Path:
+    """The search of a configuration that has passed the checks."""
+    dataset = load_on_all(ranks, config.download, lambda: _load(config))
+    run = open_run(ranks, path, config)
     try:
-        with StopRequest() as stop:
-            derivation = _search(config, dataset, run, device, stop)
-        _write_outputs(path, derivation, config)
+        with StopRequest(ranks.agree if ranks.size > 1 else None) as stop:
+            derivation = _search(config, dataset, run, device, stop, ranks)
+        if run.writes:
+            _write_outputs(path, derivation, config)
     except Interrupted as signal:
         resume = shlex.join(["pdarts-fast", "search", "--resume", "--run-dir", str(path)])
         log.warning("stopped by %s; its checkpoint is there: %s goes on", signal, resume)
@@ -97,10 +127,11 @@ def _search(
     run: RunDirectory,
     device: torch.device,
     stop: StopRequest,
+    ranks: Ranks,
 ) -> Derivation:
-    display = make_display()
+    display = make_display(ranks.is_first)
     try:
-        search = Search(config, dataset, run, device, display)
+        search = ranks.together(lambda: Search(config, dataset, run, device, display, ranks))
         if search.resumed:
             position = search.state.position
             display.message(f"goes on in {run.path} after {position.global_step} steps")
@@ -108,19 +139,21 @@ def _search(
             if config.resume:
                 log.warning("no checkpoint in %s: the search starts from its beginning", run.path)
             display.message(f"writes into {run.path}")
-            run.write_json("config.json", _description(config, dataset, device))
+            run.write_json("config.json", _description(config, dataset, device, ranks))
         return search.run(stop)
     finally:
         display.close()
 
 
-def _description(config: SearchConfig, dataset: Dataset, device: torch.device) -> dict[str, Any]:
+def _description(
+    config: SearchConfig, dataset: Dataset, device: torch.device, ranks: Ranks
+) -> dict[str, Any]:
     """What config.json holds: the settings and what they were run with."""
     return description(
         config,
         search_command(config),
         dataset.facts(config.dataset),
-        hardware(device, backends.resolve(config.backend, device)),
+        hardware(device, backends.resolve(config.backend, device), ranks.size),
     )
 
 

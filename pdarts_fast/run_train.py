@@ -15,6 +15,7 @@ from rich.console import Console
 from pdarts_fast import config as search_config
 from pdarts_fast.config import SearchConfig
 from pdarts_fast.cost import network_cost
+from pdarts_fast.distributed import Ranks, joined
 from pdarts_fast.errors import RunError, UsageError
 from pdarts_fast.genotype import GENOTYPE_FILE, Genotype, load_genotype, save_genotype
 from pdarts_fast.run.directory import (
@@ -29,7 +30,14 @@ from pdarts_fast.run.environment import hardware
 from pdarts_fast.run.files import disk_errors
 from pdarts_fast.run.metrics import require_tensorboard
 from pdarts_fast.run.progress import duration
-from pdarts_fast.run.setup import command_line, description, make_display, pick_device
+from pdarts_fast.run.setup import (
+    check_batch_size,
+    command_line,
+    description,
+    make_display,
+    pick_device,
+)
+from pdarts_fast.run.shared import for_this_attempt, load_on_all, open_run
 from pdarts_fast.run.signals import Interrupted, StopRequest
 from pdarts_fast.run.train_report import KIND, write_train_report
 from pdarts_fast.settings import differing
@@ -55,32 +63,53 @@ def run_train(config: TrainConfig) -> Path:
         Interrupted: A signal stopped it after writing a checkpoint.
     """
     config = validate(config)
-    device = pick_device(config.device, config.amp)
+    with joined() as ranks:
+        config = for_this_attempt(ranks, config)
+        path = ranks.first(
+            lambda: config.run_dir or default_run_dir(f"train-{config.dataset}", config.seed)
+        )
+        device, genotype = ranks.together(lambda: _check(config, path, ranks))
+        ranks.use(device)
+        return _run(config, genotype, path, device, ranks)
+
+
+def _check(config: TrainConfig, path: Path, ranks: Ranks) -> tuple[torch.device, Genotype]:
+    """The device and the cell, after the checks that need no data."""
+    check_batch_size(config.batch_size, ranks.size)
+    device = pick_device(config.device, config.amp, ranks.launch)
     assert config.genotype is not None
     genotype = load_genotype(config.genotype)
     if config.tensorboard:
         require_tensorboard()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    path = config.run_dir or default_run_dir(f"train-{config.dataset}", config.seed)
     require_usable(path, resume=config.resume, overwrite=config.overwrite)
     if config.resume:
         _require_same_training(config, path)
-    data = open_data(config, device)
-    run = RunDirectory(path, resume=config.resume, overwrite=config.overwrite, logs=[METRICS])
+    return device, genotype
+
+
+def _run(
+    config: TrainConfig, genotype: Genotype, path: Path, device: torch.device, ranks: Ranks
+) -> Path:
+    """The training of a configuration that has passed the checks."""
+    data = load_on_all(ranks, config.download, lambda: open_data(config, device, shard=ranks.shard))
+    run = open_run(ranks, path, config, [METRICS])
     try:
-        with StopRequest() as stop:
-            progress = _train(config, genotype, data, run, device, stop)
-        with disk_errors(path):
-            draw_genotype(genotype, path / "cell")
-        report = write_train_report(path)
+        with StopRequest(ranks.agree if ranks.size > 1 else None) as stop:
+            progress = _train(config, genotype, data, run, device, stop, ranks)
+        if run.writes:
+            with disk_errors(path):
+                draw_genotype(genotype, path / "cell")
+            report = write_train_report(path)
     except Interrupted as signal:
         resume = shlex.join(["pdarts-fast", "train", "--resume", "--run-dir", str(path)])
         log.warning("stopped by %s; its checkpoint is there: %s goes on", signal, resume)
         raise
     finally:
         run.close()
-    _print_summary(progress, path, report)
+    if run.writes:
+        _print_summary(progress, path, report)
     return path
 
 
@@ -106,10 +135,13 @@ def _train(
     run: RunDirectory,
     device: torch.device,
     stop: StopRequest,
+    ranks: Ranks,
 ) -> Progress:
-    display = make_display()
+    display = make_display(ranks.is_first)
     try:
-        training = Training(config, genotype, data, run, device, display)
+        training = ranks.together(
+            lambda: Training(config, genotype, data, run, device, display, ranks)
+        )
         if training.resumed:
             steps = training.progress.global_step
             display.message(f"goes on in {run.path} after {steps} steps")
@@ -117,15 +149,20 @@ def _train(
             if config.resume:
                 log.warning("no checkpoint in %s: the training starts from its beginning", run.path)
             display.message(f"writes into {run.path}")
-            save_genotype(run.path / GENOTYPE_FILE, genotype)
-            run.write_json("config.json", _description(config, training, data, device))
+            if run.writes:
+                save_genotype(run.path / GENOTYPE_FILE, genotype)
+            run.write_json("config.json", _description(config, training, data, device, ranks))
         return training.run(stop)
     finally:
         display.close()
 
 
 def _description(
-    config: TrainConfig, training: Training, data: TrainData, device: torch.device
+    config: TrainConfig,
+    training: Training,
+    data: TrainData,
+    device: torch.device,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """What config.json holds: the settings and what they were run with."""
     with torch.device("meta"):
@@ -136,7 +173,7 @@ def _description(
         config,
         command_line(config, config.preset, base),
         data.facts,
-        hardware(device, "torch"),
+        hardware(device, "torch", ranks.size),
     ) | {"network": dataclasses.asdict(cost)}
 
 

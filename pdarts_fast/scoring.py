@@ -42,6 +42,7 @@ def score(
     amp: bool = False,
     memory_format: torch.memory_format = torch.contiguous_format,
     each_batch: Callable[[], None] = lambda: None,
+    total: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Scores:
     """Evaluate a derived network; its training mode and weights stay as they were.
 
@@ -52,11 +53,12 @@ def score(
         amp: bfloat16 activations.
         memory_format: Memory order of the images.
         each_batch: Called after each batch, for progress; may raise to stop.
+        total: Adds sums over the processes that share the images of the loader.
     """
     training = network.training
     network.eval()
     try:
-        return _score(network, loader, num_classes, amp, memory_format, each_batch)
+        return _score(network, loader, num_classes, amp, memory_format, each_batch, total)
     finally:
         network.train(training)
 
@@ -68,6 +70,7 @@ def _score(
     amp: bool,
     memory_format: torch.memory_format,
     each_batch: Callable[[], None],
+    total: Callable[[Tensor], Tensor],
 ) -> Scores:
     sums: Tensor | None = None  # loss and correct answers among the first 1 and 5, float64 [3]
     confusion: Tensor | None = None
@@ -86,7 +89,7 @@ def _score(
         each_batch()
     assert sums is not None
     assert confusion is not None
-    loss_sum, first, five = sums.tolist()
+    loss_sum, first, five = total(sums).tolist()
     count = loader.num_images
-    matrix = confusion.view(num_classes, num_classes).cpu()
+    matrix = total(confusion).view(num_classes, num_classes).cpu()
     return Scores(loss_sum / count, first / count, five / count, count, matrix)

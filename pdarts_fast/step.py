@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -60,6 +60,10 @@ def _average(row: list[float]) -> Averages:
     return Averages(row[LOSS] / images, row[CORRECT] / images, images)
 
 
+def keep_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """What a step of one process does to its gradients before clipping: nothing."""
+
+
 class SearchStep:
     """The bilevel step of one stage: network, optimisers, clipping and running sums.
 
@@ -67,6 +71,8 @@ class SearchStep:
     is used by the other, so this is exact.
 
     Attributes:
+        average_gradients: Called with the trained parameters between backward and clipping;
+            several ranks make their mean there.
         first_bad_step: int64 scalar on the device; global step of the first loss or gradient norm
             that was not finite, -1 while there is none.
 
@@ -76,6 +82,7 @@ class SearchStep:
 
     def __init__(self, network: Network, config: SearchConfig, device: torch.device) -> None:
         self.network = network
+        self.average_gradients: Callable[[Iterable[nn.Parameter]], None] = keep_gradients
         self.criterion = nn.CrossEntropyLoss().to(device)
         self.grad_clip = config.grad_clip
         self.amp = config.amp
@@ -147,6 +154,7 @@ class SearchStep:
         optimizer.zero_grad(set_to_none=True)
         loss, logits = self.forward(images, labels)
         loss.backward()
+        self.average_gradients(trained)
         norm = nn.utils.clip_grad_norm_(trained, self.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

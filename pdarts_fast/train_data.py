@@ -10,7 +10,11 @@ from typing import Any
 import torch
 
 from pdarts_fast.data import Augmentation, Loader, ResidentLoader, load_dataset
+from pdarts_fast.data.shard import Shard
 from pdarts_fast.train_config import TrainConfig
+
+# All of each batch, for a process alone.
+WHOLE = Shard()
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,10 @@ Normalisation = tuple[Sequence[float], Sequence[float]]
 
 
 def open_data(
-    config: TrainConfig, device: torch.device, normalisation: Normalisation | None = None
+    config: TrainConfig,
+    device: torch.device,
+    normalisation: Normalisation | None = None,
+    shard: Shard = WHOLE,
 ) -> TrainData:
     """Opens the data set of a configuration.
 
@@ -47,16 +54,17 @@ def open_data(
         device: Where batches appear.
         normalisation: Mean and standard deviation of each channel in 0..1; None for those of the
             training images (of ImageNet for images read file by file).
+        shard: The part of each batch that this process shows.
 
     Raises:
         UsageError: The folder is not there, or a value is out of range.
         RunError: Data that is missing, damaged or too large for the memory.
     """
-    return (_streaming if config.streams else _resident)(config, device, normalisation)
+    return (_streaming if config.streams else _resident)(config, device, normalisation, shard)
 
 
 def _resident(
-    config: TrainConfig, device: torch.device, normalisation: Normalisation | None
+    config: TrainConfig, device: torch.device, normalisation: Normalisation | None, shard: Shard
 ) -> TrainData:
     folder = config.dataset == "imagenet"
     dataset = load_dataset(
@@ -80,6 +88,8 @@ def _resident(
             stream=stream,
             shuffle=stream == "train",
             device=device,
+            rank=shard.rank,
+            world_size=shard.world_size,
         )
         for stream, images, augmentation in (
             ("train", dataset.train, Augmentation(config.crop_padding, config.flip, config.cutout)),
@@ -91,7 +101,7 @@ def _resident(
 
 
 def _streaming(
-    config: TrainConfig, device: torch.device, normalisation: Normalisation | None
+    config: TrainConfig, device: torch.device, normalisation: Normalisation | None, shard: Shard
 ) -> TrainData:
     # Pillow and torchvision's transforms load only where they are used.
     from pdarts_fast.data.streaming import (
@@ -118,6 +128,8 @@ def _streaming(
             shuffle=stream == "train",
             device=device,
             workers=config.workers,
+            rank=shard.rank,
+            world_size=shard.world_size,
         )
         for stream, listing, augmentation in (
             ("train", files.train, StreamAugmentation(config.flip, config.jitter)),

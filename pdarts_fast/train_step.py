@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pdarts_fast.network import NetworkCIFAR, NetworkImageNet
-from pdarts_fast.step import WEIGHTS, Meter
+from pdarts_fast.step import WEIGHTS, Meter, keep_gradients
 from pdarts_fast.train_config import TrainConfig
 
 
@@ -24,6 +25,8 @@ class TrainStep:
         device: Where batches are.
 
     Attributes:
+        average_gradients: Called with the parameters between backward and clipping; several ranks
+            make their mean there.
         first_bad_step: int64 scalar on the device; global step of the first loss or gradient norm
             that was not finite, -1 while there is none.
 
@@ -35,6 +38,7 @@ class TrainStep:
         self, network: NetworkCIFAR | NetworkImageNet, config: TrainConfig, device: torch.device
     ) -> None:
         self.network = network
+        self.average_gradients: Callable[[Iterable[nn.Parameter]], None] = keep_gradients
         self.device = device
         self.amp = config.amp
         self.grad_clip = config.grad_clip
@@ -76,6 +80,7 @@ class TrainStep:
             loss = loss + self.auxiliary_weight * self.criterion(logits_aux.float(), labels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.average_gradients(self.parameters)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
         self.optimizer.step()
         for meter in (self.epoch_meter, self.interval_meter):

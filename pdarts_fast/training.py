@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from pdarts_fast.cost import count_parameters
+from pdarts_fast.data.loader import keyed_generator
+from pdarts_fast.distributed import SINGLE, Ranks, digest_of
 from pdarts_fast.errors import RunError
 from pdarts_fast.genotype import Genotype, check_genotype
 from pdarts_fast.run.checkpoint import random_state, set_random_state
@@ -20,7 +22,7 @@ from pdarts_fast.run.resume import load_matching
 from pdarts_fast.run.signals import Interrupted, StopRequest
 from pdarts_fast.scoring import Scores, score
 from pdarts_fast.settings import to_json
-from pdarts_fast.step import WEIGHTS
+from pdarts_fast.step import WEIGHTS, Averages, Meter
 from pdarts_fast.train_config import TrainConfig
 from pdarts_fast.train_data import TrainData
 from pdarts_fast.train_schedule import drop_path, learning_rate
@@ -69,6 +71,7 @@ class Training:
         run: Open run directory; holds the checkpoint to go on from, if any.
         device: Where the network runs.
         display: What the user sees.
+        ranks: The processes that make this training together.
 
     Raises:
         RunError: The checkpoint belongs to other settings, another cell or other images.
@@ -85,8 +88,10 @@ class Training:
         run: RunDirectory,
         device: torch.device,
         display: Display,
+        ranks: Ranks = SINGLE,
     ) -> None:
         self.config = config
+        self.ranks = ranks
         self.data = data
         self.run_dir = run
         self.device = device
@@ -104,7 +109,7 @@ class Training:
         self.progress = Progress(**self._saved["progress"]) if self._saved else Progress()
         self.metrics = MetricsLog(
             run.metrics,
-            run.path / "tensorboard" if config.tensorboard else None,
+            run.path / "tensorboard" if config.tensorboard and run.writes else None,
             self.progress.global_step,
         )
         self._steps_per_epoch = len(data.train)
@@ -133,6 +138,7 @@ class Training:
                 step.set_epoch(**self._rates())
                 self._train_epoch(step)
                 self._end_epoch(step)
+            self.ranks.require_equal("the weights", digest_of(step.network))
         finally:
             self.metrics.close()
         return progress
@@ -155,8 +161,8 @@ class Training:
         step = TrainStep(network, config, self.device)
         if self._saved is not None:
             step.load_state_dict(self._saved["training"])
-            set_random_state(self._saved["random"], self.device)
-            self._saved = None
+        self._share(step)
+        self._saved = None
         self.display.start_stage(
             1,
             f"training: {config.cells} cells, {config.channels} channels, "
@@ -166,11 +172,31 @@ class Training:
         )
         return step
 
+    def _share(self, step: TrainStep) -> None:
+        """Make a step, new or from the checkpoint, one that several ranks do together.
+
+        Drop-path draws from torch's generator: each rank has a sequence of its own.
+        """
+        ranks, saved = self.ranks, self._saved
+        states = [] if saved is None else [saved["random"], *saved.get("random_of_others", [])]
+        if ranks.rank < len(states):
+            set_random_state(states[ranks.rank], self.device)
+        elif ranks.rank:
+            keys = (self.config.seed, self.progress.global_step, "drop-path", ranks.rank)
+            torch.manual_seed(int(keyed_generator(*keys).integers(2**63)))
+        step.average_gradients = ranks.average_gradients
+        if not ranks.is_first:
+            # The sums in a checkpoint are those of all ranks: rank 0 has them.
+            step.epoch_meter.reset()
+            step.interval_meter.reset()
+        ranks.require_equal("the weights", digest_of(step.network))
+
     def _train_epoch(self, step: TrainStep) -> None:
         config, progress = self.config, self.progress
         last = time.perf_counter()
         for images, labels in self.data.train.epoch(progress.epoch, progress.step):
             step.run(images, labels, progress.global_step)
+            self._stop.settle()
             progress.step += 1
             progress.global_step += 1
             now = time.perf_counter()
@@ -191,6 +217,9 @@ class Training:
         self._raise_if_stopped()
 
     def _save(self, step: TrainStep) -> None:
+        self.ranks.collect(step.epoch_meter.sums, step.interval_meter.sums)
+        self.ranks.average_statistics(step.network)
+        random = self.ranks.gather(random_state(self.device))
         self.run_dir.checkpoints.save(
             {
                 "settings": to_json(self.config),
@@ -198,10 +227,15 @@ class Training:
                 "genotype": self.spec.genotype._asdict(),
                 "progress": asdict(self.progress),
                 "training": step.state_dict(),
-                "random": random_state(self.device),
+                "random": random[0],
+                "random_of_others": random[1:],
                 "files": self.run_dir.file_lengths(),
             }
         )
+
+    def _settle_and_raise(self) -> None:
+        self._stop.settle()
+        self._raise_if_stopped()
 
     def _raise_if_stopped(self) -> None:
         if self._stop.signum is not None:
@@ -209,11 +243,20 @@ class Training:
 
     def _require_finite(self, bad_step: int) -> None:
         """Refuse to go on, and to overwrite a good checkpoint, after a loss that is no number."""
+        bad_step = self.ranks.agree(bad_step)
         if bad_step >= 0:
-            raise RunError(
+            message = (
                 f"the loss or gradient of step {bad_step} is not finite; the last good checkpoint "
                 f"is in {self.run_dir.path / 'checkpoints'}; try a smaller --lr or --grad-clip"
             )
+            raise self.ranks.agreed(RunError(message))
+
+    def _take(self, meter: Meter) -> Averages:
+        """The averages over all ranks (on rank 0), of which the meter is emptied."""
+        self.ranks.collect(meter.sums)
+        average = meter.read()[WEIGHTS]
+        meter.reset()
+        return average
 
     def _where(self) -> dict[str, int]:
         return {"epoch": self.progress.epoch, "step": self.progress.global_step}
@@ -229,8 +272,7 @@ class Training:
         self._require_finite(int(step.first_bad_step))
         config, progress = self.config, self.progress
         seconds, progress.interval_seconds = progress.interval_seconds, 0.0
-        average = step.interval_meter.read()[WEIGHTS]
-        step.interval_meter.reset()
+        average = self._take(step.interval_meter)
         speed = average.images / seconds
         self.metrics.write(
             {
@@ -274,8 +316,7 @@ class Training:
         goes on at the beginning of this method.
         """
         config, progress = self.config, self.progress
-        average = step.epoch_meter.read()[WEIGHTS]
-        step.epoch_meter.reset()
+        average = self._take(step.epoch_meter)
         self.metrics.write(
             {
                 "kind": "epoch",
@@ -301,13 +342,15 @@ class Training:
         """Evaluate on the test images and keep the weights, also apart if they are the best."""
         progress = self.progress
         start = time.perf_counter()
+        self.ranks.average_statistics(step.network)
         scores = score(
             step.network,
-            self.data.test,
+            self.ranks.without_repeats(self.data.test, self.config.batch_size),
             self.data.num_classes,
             amp=self.config.amp,
             memory_format=step.memory_format,
-            each_batch=self._raise_if_stopped,
+            each_batch=self._settle_and_raise,
+            total=self.ranks.total,
         )
         seconds = time.perf_counter() - start
         progress.seconds += seconds
@@ -332,6 +375,8 @@ class Training:
         )
 
     def _write_weights(self, which: str, step: TrainStep, scores: Scores) -> None:
+        if not self.run_dir.writes:
+            return
         facts = {
             "epoch": self.progress.epoch,
             "accuracy": scores.accuracy,

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from pdarts_fast.data.base import ImageData
+from pdarts_fast.data.shard import Shard
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ class ResidentLoader:
         shuffle: a new order each epoch.
         device: where images are held and batches appear.
         dtype: of the image batches; normalisation computes in at least float32.
+        rank: this process among those that share each batch; see :class:`Shard`.
+        world_size: how many they are.
 
     Raises:
         ValueError: an argument out of range.
@@ -122,6 +125,8 @@ class ResidentLoader:
         shuffle: bool,
         device: torch.device | str,
         dtype: torch.dtype = torch.float32,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -139,6 +144,7 @@ class ResidentLoader:
             self._images = self._images.to(self.device)
             self._labels = self._labels.to(self.device)
         self._batch_size = batch_size
+        self._shard = Shard(rank, world_size)
         self._augmentation = augmentation
         self._key = (seed, stream)
         self._shuffle = shuffle
@@ -173,7 +179,9 @@ class ResidentLoader:
             return
         plan = self._plan(epoch)
         for first in range(start * self._batch_size, self.num_images, self._batch_size):
-            part = _Plan(*(choices[first : first + self._batch_size] for choices in plan))
+            stop = min(first + self._batch_size, self.num_images)
+            places = torch.from_numpy(self._shard.places(first, stop)).to(self.device)
+            part = _Plan(*(choices[places] for choices in plan))
             images = self._images.index_select(0, part.rows)
             yield self._prepare(images, part), self._labels.index_select(0, part.rows)
 

@@ -24,6 +24,7 @@ from torchvision.transforms import functional
 
 from pdarts_fast.data.image_folder import Listing, list_images, to_rgb
 from pdarts_fast.data.loader import keyed_generator
+from pdarts_fast.data.shard import Shard
 from pdarts_fast.errors import RunError, UsageError
 
 # Mean and standard deviation of the ImageNet training images, as published and commonly used.
@@ -105,6 +106,8 @@ class StreamingLoader:
         shuffle: a new order each epoch.
         device: where batches appear.
         workers: decoding processes; 0 decodes in this one.
+        rank: this process among those that share each batch; see ``Shard``.
+        world_size: how many they are.
 
     Raises:
         ValueError: an argument out of range.
@@ -125,6 +128,8 @@ class StreamingLoader:
         shuffle: bool,
         device: torch.device | str,
         workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -134,6 +139,7 @@ class StreamingLoader:
         self._paths = np.array([os.fsencode(path) for path in listing.files])
         self._labels = torch.from_numpy(listing.labels)
         self._batch_size = batch_size
+        self._shard = Shard(rank, world_size)
         self._image_size = image_size
         self._augmentation = augmentation
         self._key = (seed, stream)
@@ -167,14 +173,16 @@ class StreamingLoader:
         order = np.arange(self.num_images)
         if self._shuffle:
             order = keyed_generator(*self._key, epoch, "order").permutation(order)
-        rows = [order[i : i + self._batch_size] for i in range(0, len(order), self._batch_size)]
+        starts = range(0, len(order), self._batch_size)
+        stops = (min(i + self._batch_size, len(order)) for i in starts)
+        rows = [order[self._shard.places(i, j)] for i, j in zip(starts, stops, strict=True)]
         batches = DataLoader(
             _Decoder(self._paths, self._image_size, self._augmentation, (*self._key, epoch)),
             batch_sampler=[batch.tolist() for batch in rows[start:]],
             collate_fn=_collate,
             num_workers=self._workers,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_leave_signals,
             # Without one, the data loader would draw from the global generator at every epoch.
             generator=torch.Generator().manual_seed(0),
         )
@@ -231,6 +239,7 @@ def _collate(images: list[torch.Tensor | str]) -> torch.Tensor | str:
     return torch.stack(tensors)
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Leaves Ctrl+C, which reaches every process of a terminal, to the main process."""
+def _leave_signals(worker: int) -> None:
+    """Leaves signals to the main process: Ctrl+C, and what torchrun sends to a process group."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setpgid(0, 0)

@@ -124,6 +124,8 @@ def hardware_tile(data: RunData) -> tuple[str, str]:
         details.append(f"{hardware['cores']} cores")
     if hardware.get("memory_gib"):
         details.append(f"{hardware['memory_gib']} GiB of memory")
+    if hardware.get("ranks", 1) > 1:
+        details.append(f"{hardware['ranks']} processes")
     return str(hardware.get("gpu") or cpu), ", ".join(details)
 
 
