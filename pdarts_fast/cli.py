@@ -17,7 +17,7 @@ from pdarts_fast import cli_dropin, cli_train
 from pdarts_fast.config import PRESETS, DatasetName, SearchConfig, preset
 from pdarts_fast.errors import RunError, UsageError
 from pdarts_fast.flags import PROGRAM, parse, run_defaults
-from pdarts_fast.launch import read_launch, should_print
+from pdarts_fast.launch import read_launch, should_print, speaker
 from pdarts_fast.version import __version__
 
 
@@ -231,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RunError, OSError, ValueError) as error:
         logging.getLogger(__name__).debug("the error came from", exc_info=True)
         if should_print(error):
-            print(f"{PROGRAM}: error: {_one_line(error)}", file=sys.stderr)
+            print(f"{PROGRAM}: error: {speaker()}{_one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 
 

@@ -165,7 +165,11 @@ class Ranks:
         return loader
 
     def broadcast_state(self, state: dict[str, Any] | None) -> dict[str, Any] | None:
-        """The state that rank 0 has, as `torch.save` takes it."""
+        """The state that rank 0 has, on every rank.
+
+        Args:
+            state: What `torch.save` takes, or None; that of rank 0 counts.
+        """
         return state
 
 
@@ -314,19 +318,17 @@ class Group(Ranks):
         try:
             yield
         except RuntimeError as failure:
-            error = _PeerError(self._reason(failure))
+            error = _PeerError(self._reason())
             mark_reported(error, not self.is_first)
             raise error from failure
 
-    def _reason(self, failure: RuntimeError) -> str:
-        try:
+    def _reason(self) -> str:
+        with contextlib.suppress(RuntimeError):  # Whoever held the store may be the one that ended.
             if self._store.check([_FAILURE]):
                 return f"stopped, because another rank failed: {self._store.get(_FAILURE).decode()}"
-        except RuntimeError as lost:
-            failure = lost
         return (
-            "stopped, because another rank has ended or does not answer; the message of torchrun "
-            f"names it; go on with --resume ({failure})"
+            "stopped, because another rank has ended or does not answer (torchrun says which); "
+            "the run goes on from its last checkpoint with --resume"
         )
 
 

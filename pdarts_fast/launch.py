@@ -88,6 +88,13 @@ def should_print(error: BaseException, environment: Mapping[str, str] | None = N
     return not (several and isinstance(error, UsageError) and values.get("RANK", "0") != "0")
 
 
+def speaker(environment: Mapping[str, str] | None = None) -> str:
+    """What an error line of a rank other than 0 begins with: ``rank N: ``; empty for rank 0."""
+    values = os.environ if environment is None else environment
+    rank = values.get("RANK", "0") if values.get("WORLD_SIZE", "1") != "1" else "0"
+    return "" if rank == "0" else f"rank {rank}: "
+
+
 def _number(values: Mapping[str, str], name: str, default: int) -> int:
     text = values.get(name, "")
     if not text:
