@@ -76,10 +76,8 @@ def test_resume_on_another_number_of_ranks(
     for size, flags, kill in ((before, [], (STEP, 18, "before")), (after, ["--resume"], None)):
         command = tiny(run, *PLAIN, *flags)
         options: dict[str, Any] = {"network": "PlainNetwork", "kill": kill}
-        if size == 1:
-            ended = [processes.run(command, **options)]
-        else:
-            ended = run_ranks(command, **options)
+        run_them = run_ranks if size > 1 else lambda *args, **kw: [processes.run(*args, **kw)]
+        ended = run_them(command, **options)
         for process in ended:
             assert process.status == (-signal.SIGKILL if kill else 0), process.stderr
     assert f"goes on in {run} after" in ended[0].stderr
