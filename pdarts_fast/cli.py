@@ -29,10 +29,11 @@ def search(arguments: Sequence[str]) -> int:
     from pdarts_fast.run_search import run_search
     from pdarts_fast.run_train import check_then_train, run_train, then_train
 
-    if config.then_train:
-        check_then_train(config)
     try:
-        with joined():
+        with joined() as ranks:
+            config = ranks.first(lambda: config)
+            if config.then_train:
+                check_then_train(config)
             run_dir = run_search(config)
             if config.then_train:
                 run_train(then_train(config, run_dir))

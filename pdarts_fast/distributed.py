@@ -13,7 +13,7 @@ import datetime
 import hashlib
 import io
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -286,7 +286,8 @@ class Group(Ranks):
         content = self.first(buffer.getvalue)
         if self.is_first or not content:
             return state
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        buffer = io.BytesIO(content)
+        return torch.load(buffer, map_location="cpu", weights_only=True)
 
     def leave(self, error: BaseException | None) -> None:
         """Ends the membership; an error is told to the others first.
@@ -323,9 +324,9 @@ class Group(Ranks):
             raise error from failure
 
     def _reason(self) -> str:
-        with contextlib.suppress(RuntimeError):  # Whoever held the store may be the one that ended.
-            if self._store.check([_FAILURE]):
-                return f"stopped, because another rank failed: {self._store.get(_FAILURE).decode()}"
+        # Rank 0 tells it. Where no torchrun holds the store, rank 0 does.
+        if self.is_first and self._store.check([_FAILURE]):
+            return f"stopped, because another rank failed: {self._store.get(_FAILURE).decode()}"
         return (
             "stopped, because another rank has ended or does not answer (torchrun says which); "
             "the run goes on from its last checkpoint with --resume"
@@ -370,20 +371,14 @@ def joined() -> Iterator[Ranks]:
             group.leave(error)
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the names and bytes of some tensors."""
-    found = hashlib.sha256()
-    for name, tensor in tensors.items():
-        found.update(name.encode())
-        found.update(
-            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        )
-    return found.hexdigest()
-
-
 def digest_of(network: nn.Module) -> str:
     """SHA-256 of a network's parameters, the alphas of a supernet among them."""
-    return digest(dict(network.named_parameters()))
+    found = hashlib.sha256()
+    for name, parameter in network.named_parameters():
+        found.update(name.encode())
+        value = parameter.detach().cpu().contiguous().flatten()
+        found.update(value.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _told(error: Exception) -> tuple[bool, str]:

@@ -53,9 +53,9 @@ def run_search(config: SearchConfig) -> Path:
         RunError: Data, disk or numbers stopped the search; what was written stays.
         Interrupted: A signal stopped it after writing a checkpoint.
     """
-    config = validate(config)
     with joined() as ranks:
-        config = for_this_attempt(ranks, config)
+        # The folder to resume may be on the machine of rank 0 only, and with it the settings.
+        config = ranks.first(lambda: for_this_attempt(ranks.launch, validate(config)))
         path = ranks.first(lambda: config.run_dir or default_run_dir(config.dataset, config.seed))
         device = ranks.together(lambda: _check(config, path, ranks))
         ranks.use(device)

@@ -62,23 +62,22 @@ def run_train(config: TrainConfig) -> Path:
         RunError: Data, disk or numbers stopped the training; what was written stays.
         Interrupted: A signal stopped it after writing a checkpoint.
     """
-    config = validate(config)
     with joined() as ranks:
-        config = for_this_attempt(ranks, config)
+        # The folder to resume may be on the machine of rank 0 only, and with it the settings.
+        config = ranks.first(lambda: for_this_attempt(ranks.launch, validate(config)))
         path = ranks.first(
             lambda: config.run_dir or default_run_dir(f"train-{config.dataset}", config.seed)
         )
-        device, genotype = ranks.together(lambda: _check(config, path, ranks))
+        device = ranks.together(lambda: _check(config, path, ranks))
+        genotype = ranks.first(lambda: load_genotype(str(config.genotype)))
         ranks.use(device)
         return _run(config, genotype, path, device, ranks)
 
 
-def _check(config: TrainConfig, path: Path, ranks: Ranks) -> tuple[torch.device, Genotype]:
-    """The device and the cell, after the checks that need no data."""
+def _check(config: TrainConfig, path: Path, ranks: Ranks) -> torch.device:
+    """The device, after the checks that need no data."""
     check_batch_size(config.batch_size, ranks.size)
     device = pick_device(config.device, config.amp, ranks.launch)
-    assert config.genotype is not None
-    genotype = load_genotype(config.genotype)
     if config.tensorboard:
         require_tensorboard()
     if config.threads is not None:
@@ -86,7 +85,7 @@ def _check(config: TrainConfig, path: Path, ranks: Ranks) -> tuple[torch.device,
     require_usable(path, resume=config.resume, overwrite=config.overwrite)
     if config.resume:
         _require_same_training(config, path)
-    return device, genotype
+    return device
 
 
 def _run(

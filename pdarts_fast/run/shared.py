@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from pdarts_fast.distributed import Ranks
 from pdarts_fast.errors import UsageError
+from pdarts_fast.launch import Launch
 from pdarts_fast.run.checkpoint import CheckpointFolder
 from pdarts_fast.run.directory import ALPHAS, METRICS, RunDirectory, launch_of
 from pdarts_fast.settings import Settings
@@ -109,17 +110,16 @@ def load_on_all(ranks: Ranks, download: bool, load: Callable[[], T]) -> T:
     return ranks.together(load)
 
 
-def for_this_attempt(ranks: Ranks, config: S) -> S:
+def for_this_attempt(launch: Launch, config: S) -> S:
     """The settings with which processes that torchrun has started again go on with their run.
 
     Args:
-        ranks: All processes of the run.
+        launch: How the processes were started.
         config: Settings with ``run_dir``, ``resume`` and ``overwrite``, as the user gave them.
 
     Raises:
         UsageError: torchrun may restart the processes, which could not find their run.
     """
-    launch = ranks.launch
     run_dir: Path | None = config.run_dir  # type: ignore[attr-defined]
     if launch.max_restarts and run_dir is None:
         raise UsageError(
@@ -127,6 +127,6 @@ def for_this_attempt(ranks: Ranks, config: S) -> S:
         )
     if not launch.restarts or run_dir is None:
         return config
-    if ranks.first(lambda: launch_of(run_dir)) != launch.identity:
+    if launch_of(run_dir) != launch.identity:
         return config
     return dataclasses.replace(config, resume=True, overwrite=False)  # type: ignore[call-arg]
