@@ -75,6 +75,11 @@ class Descent:
             self._graphs.close()
             self._graphs = None
 
+    def invalidate(self) -> None:
+        """Record all graphs anew: the network, or what the host decides in a step, has changed."""
+        if self._graphs is not None:
+            self._graphs.close()
+
     def prepare(self) -> None:
         """Make all state that the first step would make, at the place where it stays."""
         for optimizer in self.optimizers:

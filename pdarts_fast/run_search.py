@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from pdarts_fast.capture.cuda import check_cuda_graphs
 from pdarts_fast.config import SearchConfig, differing, preset, validate
 from pdarts_fast.data import Dataset, load_dataset, split_indices
 from pdarts_fast.errors import RunError
 from pdarts_fast.kernels import backends
+from pdarts_fast.run.clock import REPORT, Clock
 from pdarts_fast.run.directory import RunDirectory, default_run_dir, read_config, require_usable
 from pdarts_fast.run.drawing import draw_genotype
 from pdarts_fast.run.environment import hardware
@@ -45,12 +47,14 @@ def run_search(config: SearchConfig) -> Path:
         RunError: Data, disk or numbers stopped the search; what was written stays.
         Interrupted: A signal stopped it after writing a checkpoint.
     """
+    clock = Clock()
     config = validate(config)
     path = config.run_dir or default_run_dir(config.dataset, config.seed)
     require_usable(path, resume=config.resume, overwrite=config.overwrite)
     if config.resume:
         _require_same_settings(config, path)
-    device = pick_device(config.device, config.amp)
+    device = pick_device(config.device)
+    check_cuda_graphs(device, config.cuda_graphs)
     backends.resolve(config.backend, device)
     if config.tensorboard:
         require_tensorboard()
@@ -69,8 +73,8 @@ def run_search(config: SearchConfig) -> Path:
     run = RunDirectory(path, resume=config.resume, overwrite=config.overwrite)
     try:
         with StopRequest() as stop:
-            derivation = _search(config, dataset, run, device, stop)
-        _write_outputs(path, derivation, config)
+            derivation = _search(config, dataset, run, device, stop, clock)
+        _write_outputs(path, derivation, config, clock)
     except Interrupted as signal:
         resume = shlex.join(["pdarts-fast", "search", "--resume", "--run-dir", str(path)])
         log.warning("stopped by %s; its checkpoint is there: %s goes on", signal, resume)
@@ -97,10 +101,11 @@ def _search(
     run: RunDirectory,
     device: torch.device,
     stop: StopRequest,
+    clock: Clock,
 ) -> Derivation:
     display = make_display()
     try:
-        search = Search(config, dataset, run, device, display)
+        search = Search(config, dataset, run, device, display, clock)
         if search.resumed:
             position = search.state.position
             display.message(f"goes on in {run.path} after {position.global_step} steps")
@@ -134,11 +139,12 @@ def train_command(run_dir: Path) -> str:
     return shlex.join(["pdarts-fast", "train", "--genotype", str(run_dir)])
 
 
-def _write_outputs(path: Path, derivation: Derivation, config: SearchConfig) -> None:
+def _write_outputs(path: Path, derivation: Derivation, config: SearchConfig, clock: Clock) -> None:
     genotype = derivation.restricted[config.max_skips]
     with disk_errors(path):
         draw_genotype(genotype, path / "cell")
         report = write_report(path, train_command=train_command(path))
+    clock.lap(REPORT)
     console = Console(file=sys.stdout, highlight=False)
     console.print(f"\ngenotype (at most {config.max_skips} skips in the normal cell):")
     console.print(str(genotype), soft_wrap=True)
@@ -147,4 +153,5 @@ def _write_outputs(path: Path, derivation: Derivation, config: SearchConfig) -> 
             f"stage {stage}: {record['cells']} cells, {record['ops']} ops an edge, "
             f"{duration(record['seconds'])}"
         )
+    console.print(clock.summary(), soft_wrap=True)
     console.print(f"report: {report}", soft_wrap=True)

@@ -13,10 +13,12 @@ import torch
 from rich.console import Console
 
 from pdarts_fast import config as search_config
+from pdarts_fast.capture.cuda import check_cuda_graphs
 from pdarts_fast.config import SearchConfig
 from pdarts_fast.cost import network_cost
 from pdarts_fast.errors import RunError, UsageError
 from pdarts_fast.genotype import GENOTYPE_FILE, Genotype, load_genotype, save_genotype
+from pdarts_fast.run.clock import REPORT, Clock
 from pdarts_fast.run.directory import (
     METRICS,
     RunDirectory,
@@ -54,8 +56,10 @@ def run_train(config: TrainConfig) -> Path:
         RunError: Data, disk or numbers stopped the training; what was written stays.
         Interrupted: A signal stopped it after writing a checkpoint.
     """
+    clock = Clock()
     config = validate(config)
-    device = pick_device(config.device, config.amp)
+    device = pick_device(config.device)
+    check_cuda_graphs(device, config.cuda_graphs)
     assert config.genotype is not None
     genotype = load_genotype(config.genotype)
     if config.tensorboard:
@@ -70,17 +74,18 @@ def run_train(config: TrainConfig) -> Path:
     run = RunDirectory(path, resume=config.resume, overwrite=config.overwrite, logs=[METRICS])
     try:
         with StopRequest() as stop:
-            progress = _train(config, genotype, data, run, device, stop)
+            progress = _train(config, genotype, data, run, device, stop, clock)
         with disk_errors(path):
             draw_genotype(genotype, path / "cell")
         report = write_train_report(path)
+        clock.lap(REPORT)
     except Interrupted as signal:
         resume = shlex.join(["pdarts-fast", "train", "--resume", "--run-dir", str(path)])
         log.warning("stopped by %s; its checkpoint is there: %s goes on", signal, resume)
         raise
     finally:
         run.close()
-    _print_summary(progress, path, report)
+    _print_summary(progress, path, report, clock)
     return path
 
 
@@ -106,10 +111,11 @@ def _train(
     run: RunDirectory,
     device: torch.device,
     stop: StopRequest,
+    clock: Clock,
 ) -> Progress:
     display = make_display()
     try:
-        training = Training(config, genotype, data, run, device, display)
+        training = Training(config, genotype, data, run, device, display, clock)
         if training.resumed:
             steps = training.progress.global_step
             display.message(f"goes on in {run.path} after {steps} steps")
@@ -140,12 +146,13 @@ def _description(
     ) | {"network": dataclasses.asdict(cost)}
 
 
-def _print_summary(progress: Progress, path: Path, report: Path) -> None:
+def _print_summary(progress: Progress, path: Path, report: Path, clock: Clock) -> None:
     console = Console(file=sys.stdout, highlight=False)
     console.print(
         f"\nbest test accuracy {100 * progress.best_accuracy:.2f}% "
         f"(epoch {progress.best_epoch + 1} of {progress.epoch}), {duration(progress.seconds)}"
     )
+    console.print(clock.summary(), soft_wrap=True)
     console.print(f"evaluate: pdarts-fast evaluate {path}", soft_wrap=True)
     console.print(f"report: {report}", soft_wrap=True)
 
@@ -168,7 +175,8 @@ def then_train(config: SearchConfig, run_dir: Path) -> TrainConfig:
     recipe = preset(config.preset)
     path = run_dir / "train"
     same = ("data", "download", "checksum", "seed", "device", "amp", "threads", "workers")
-    shared: dict[str, Any] = {name: getattr(config, name) for name in (*same, "skip_broken")}
+    more = ("skip_broken", "cuda_graphs")
+    shared: dict[str, Any] = {name: getattr(config, name) for name in (*same, *more)}
     if config.image_size != search_config.preset(config.preset).image_size:
         shared["image_size"] = config.image_size
         # The auxiliary head is made for the recipe's size.

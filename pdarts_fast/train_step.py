@@ -27,6 +27,8 @@ class TrainStep(Descent):
         config: A validated configuration.
         device: Where batches are.
         precision: How activations are computed; None for what ``config.amp`` means on `device`.
+        tensor_drop_path: Whether the drop-path probability is a tensor, which a captured step
+            needs; None for on CUDA. Masks of a number and of a tensor are drawn differently.
 
     Source:
         arXiv 1904.12760, sections 4.2.2 and 4.3.
@@ -39,6 +41,7 @@ class TrainStep(Descent):
         device: torch.device,
         *,
         precision: Precision | None = None,
+        tensor_drop_path: bool | None = None,
     ) -> None:
         self.network = network
         self.auxiliary_weight = config.auxiliary_weight
@@ -51,8 +54,10 @@ class TrainStep(Descent):
             torch.channels_last if config.channels_last else torch.contiguous_format
         )
         network.to(memory_format=self.memory_format)
+        in_tensor = device.type == "cuda" if tensor_drop_path is None else tensor_drop_path
         # A run without drop-path has none in its graph either.
-        self._drop_path = torch.zeros((), device=device) if config.drop_path > 0 else None
+        drops = in_tensor and config.drop_path > 0
+        self._drop_path = torch.zeros((), device=device) if drops else None
         self._last_step = -1
         super().__init__(
             network,

@@ -15,11 +15,11 @@ from pdarts_fast.run.progress import BarDisplay, Display, LogDisplay
 from pdarts_fast.settings import Settings, flag, to_json
 
 
-def pick_device(name: str, amp: bool) -> torch.device:
+def pick_device(name: str) -> torch.device:
     """The device of --device, with ``auto`` resolved.
 
     Raises:
-        UsageError: The device is not there, or cannot do what --amp needs.
+        UsageError: The device is not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,8 +29,6 @@ def pick_device(name: str, amp: bool) -> torch.device:
             raise UsageError(f"--device {name}: torch sees no CUDA GPU here; use --device cpu")
         if (device.index or 0) >= torch.cuda.device_count():
             raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here")
-        if amp and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise UsageError(f"--amp needs a GPU with bfloat16; {device} has none: leave it out")
     return device
 
 
