@@ -44,16 +44,28 @@ class CudaGraphs:
         """See `Capture`."""
         graph = torch.cuda.CUDAGraph()
         pool = self._graphs[0].pool() if self._graphs else None
-        with (
-            torch.cuda.device(self._device),
-            # Threads of loaders may allocate meanwhile: only this one must not.
-            torch.cuda.graph(
-                graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
-            ),
-        ):
-            function()
+        try:
+            with (
+                torch.cuda.device(self._device),
+                # A capture that fails leaves its stream current: this puts the old one back.
+                torch.cuda.stream(torch.cuda.current_stream(self._device)),
+                # Threads of loaders may allocate meanwhile: only this one must not.
+                torch.cuda.graph(
+                    graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
+                ),
+            ):
+                function()
+        except RuntimeError:
+            self._free_generator()
+            raise
         self._graphs.append(graph)
         return graph.replay
+
+    def _free_generator(self) -> None:
+        """Give the device's generator a fresh state: the one in a failed capture is locked."""
+        with torch.cuda.device(self._device):
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(torch.Generator(self._device).graphsafe_get_state())
 
     def release(self) -> None:
         """See `Capture`."""

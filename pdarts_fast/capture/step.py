@@ -109,16 +109,22 @@ class StepGraphs:
         except RuntimeError as error:
             capture.broken = True
             step.clear_gradients()
-            reason = str(error).strip().partition("\n")[0]
             log.warning(
                 "a step cannot be captured, steps run eagerly from here on (%s); "
                 "--no-cuda-graphs does not try",
-                reason,
+                _reason(error),
             )
             return None
         finally:
             before.restore()
         return _Graph(_flat(static), replay)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong first: ending a broken capture is an error of its own."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _flat(batches: tuple[Batch, ...]) -> list[Tensor]:
