@@ -66,6 +66,12 @@ class Ranks:
         """This process's part of each batch."""
         return Shard(self.rank, self.size)
 
+    def backend(self, device: torch.device) -> str | None:
+        """What averages the gradients on a device, None in a process alone."""
+        if self.size == 1:
+            return None
+        return "nccl" if device.type == "cuda" else "gloo"
+
     def use(self, device: torch.device) -> None:
         """Makes ready for tensors of a device; all ranks name one of the same type.
 
@@ -211,7 +217,7 @@ class Group(Ranks):
         if device.type == "cuda":
             torch.cuda.set_device(device)
             with self._peers():
-                self._data = dist.new_group(backend="nccl", timeout=PATIENCE)
+                self._data = dist.new_group(backend=self.backend(device), timeout=PATIENCE)
                 # Connects now: inside a capture it could not.
                 dist.all_reduce(torch.zeros(1, device=device), group=self._data)
 

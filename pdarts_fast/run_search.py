@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from pdarts_fast.capture.cuda import check_cuda_graphs
 from pdarts_fast.config import SearchConfig, differing, preset, validate
 from pdarts_fast.data import Dataset, load_dataset, split_indices
 from pdarts_fast.distributed import Ranks, joined
 from pdarts_fast.errors import RunError
 from pdarts_fast.kernels import backends
+from pdarts_fast.run.clock import REPORT, Clock
 from pdarts_fast.run.directory import RunDirectory, default_run_dir, read_config, require_usable
 from pdarts_fast.run.drawing import draw_genotype
 from pdarts_fast.run.environment import hardware
@@ -53,13 +55,14 @@ def run_search(config: SearchConfig) -> Path:
         RunError: Data, disk or numbers stopped the search; what was written stays.
         Interrupted: A signal stopped it after writing a checkpoint.
     """
+    clock = Clock()
     with joined() as ranks:
         # The folder to resume may be on the machine of rank 0 only, and with it the settings.
         config = ranks.first(lambda: for_this_attempt(ranks.launch, validate(config)))
         path = ranks.first(lambda: config.run_dir or default_run_dir(config.dataset, config.seed))
         device = ranks.together(lambda: _check(config, path, ranks))
         ranks.use(device)
-        return _run(config, path, device, ranks)
+        return _run(config, path, device, ranks, clock)
 
 
 def _check(config: SearchConfig, path: Path, ranks: Ranks) -> torch.device:
@@ -68,7 +71,8 @@ def _check(config: SearchConfig, path: Path, ranks: Ranks) -> torch.device:
     require_usable(path, resume=config.resume, overwrite=config.overwrite)
     if config.resume:
         _require_same_settings(config, path)
-    device = pick_device(config.device, config.amp, ranks.launch)
+    device = pick_device(config.device, ranks.launch)
+    check_cuda_graphs(device, config.cuda_graphs, ranks.backend(device))
     backends.resolve(config.backend, device)
     if config.tensorboard:
         require_tensorboard()
@@ -92,15 +96,17 @@ def _load(config: SearchConfig) -> Dataset:
     return dataset
 
 
-def _run(config: SearchConfig, path: Path, device: torch.device, ranks: Ranks) -> Path:
+def _run(
+    config: SearchConfig, path: Path, device: torch.device, ranks: Ranks, clock: Clock
+) -> Path:
     """The search of a configuration that has passed the checks."""
     dataset = load_on_all(ranks, config.download, lambda: _load(config))
     run = open_run(ranks, path, config)
     try:
         with StopRequest(ranks.agree if ranks.size > 1 else None) as stop:
-            derivation = _search(config, dataset, run, device, stop, ranks)
+            derivation = _search(config, dataset, run, device, stop, ranks, clock)
         if run.writes:
-            _write_outputs(path, derivation, config)
+            _write_outputs(path, derivation, config, clock)
     except Interrupted as signal:
         resume = shlex.join(["pdarts-fast", "search", "--resume", "--run-dir", str(path)])
         log.warning("stopped by %s; its checkpoint is there: %s goes on", signal, resume)
@@ -128,10 +134,11 @@ def _search(
     device: torch.device,
     stop: StopRequest,
     ranks: Ranks,
+    clock: Clock,
 ) -> Derivation:
     display = make_display(ranks.is_first)
     try:
-        search = ranks.together(lambda: Search(config, dataset, run, device, display, ranks))
+        search = ranks.together(lambda: Search(config, dataset, run, device, display, ranks, clock))
         if search.resumed:
             position = search.state.position
             display.message(f"goes on in {run.path} after {position.global_step} steps")
@@ -167,11 +174,12 @@ def train_command(run_dir: Path) -> str:
     return shlex.join(["pdarts-fast", "train", "--genotype", str(run_dir)])
 
 
-def _write_outputs(path: Path, derivation: Derivation, config: SearchConfig) -> None:
+def _write_outputs(path: Path, derivation: Derivation, config: SearchConfig, clock: Clock) -> None:
     genotype = derivation.restricted[config.max_skips]
     with disk_errors(path):
         draw_genotype(genotype, path / "cell")
         report = write_report(path, train_command=train_command(path))
+    clock.lap(REPORT)
     console = Console(file=sys.stdout, highlight=False)
     console.print(f"\ngenotype (at most {config.max_skips} skips in the normal cell):")
     console.print(str(genotype), soft_wrap=True)
@@ -180,4 +188,5 @@ def _write_outputs(path: Path, derivation: Derivation, config: SearchConfig) -> 
             f"stage {stage}: {record['cells']} cells, {record['ops']} ops an edge, "
             f"{duration(record['seconds'])}"
         )
+    console.print(clock.summary(), soft_wrap=True)
     console.print(f"report: {report}", soft_wrap=True)

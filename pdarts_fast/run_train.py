@@ -13,11 +13,13 @@ import torch
 from rich.console import Console
 
 from pdarts_fast import config as search_config
+from pdarts_fast.capture.cuda import check_cuda_graphs
 from pdarts_fast.config import SearchConfig
 from pdarts_fast.cost import network_cost
 from pdarts_fast.distributed import Ranks, joined
 from pdarts_fast.errors import RunError, UsageError
 from pdarts_fast.genotype import GENOTYPE_FILE, Genotype, load_genotype, save_genotype
+from pdarts_fast.run.clock import REPORT, Clock
 from pdarts_fast.run.directory import (
     METRICS,
     RunDirectory,
@@ -62,6 +64,7 @@ def run_train(config: TrainConfig) -> Path:
         RunError: Data, disk or numbers stopped the training; what was written stays.
         Interrupted: A signal stopped it after writing a checkpoint.
     """
+    clock = Clock()
     with joined() as ranks:
         # The folder to resume may be on the machine of rank 0 only, and with it the settings.
         config = ranks.first(lambda: for_this_attempt(ranks.launch, validate(config)))
@@ -71,13 +74,14 @@ def run_train(config: TrainConfig) -> Path:
         device = ranks.together(lambda: _check(config, path, ranks))
         genotype = ranks.first(lambda: load_genotype(str(config.genotype)))
         ranks.use(device)
-        return _run(config, genotype, path, device, ranks)
+        return _run(config, genotype, path, device, ranks, clock)
 
 
 def _check(config: TrainConfig, path: Path, ranks: Ranks) -> torch.device:
     """The device, after the checks that need no data."""
     check_batch_size(config.batch_size, ranks.size)
-    device = pick_device(config.device, config.amp, ranks.launch)
+    device = pick_device(config.device, ranks.launch)
+    check_cuda_graphs(device, config.cuda_graphs, ranks.backend(device))
     if config.tensorboard:
         require_tensorboard()
     if config.threads is not None:
@@ -89,18 +93,24 @@ def _check(config: TrainConfig, path: Path, ranks: Ranks) -> torch.device:
 
 
 def _run(
-    config: TrainConfig, genotype: Genotype, path: Path, device: torch.device, ranks: Ranks
+    config: TrainConfig,
+    genotype: Genotype,
+    path: Path,
+    device: torch.device,
+    ranks: Ranks,
+    clock: Clock,
 ) -> Path:
     """The training of a configuration that has passed the checks."""
     data = load_on_all(ranks, config.download, lambda: open_data(config, device, shard=ranks.shard))
     run = open_run(ranks, path, config, [METRICS])
     try:
         with StopRequest(ranks.agree if ranks.size > 1 else None) as stop:
-            progress = _train(config, genotype, data, run, device, stop, ranks)
+            progress = _train(config, genotype, data, run, device, stop, ranks, clock)
         if run.writes:
             with disk_errors(path):
                 draw_genotype(genotype, path / "cell")
             report = write_train_report(path)
+        clock.lap(REPORT)
     except Interrupted as signal:
         resume = shlex.join(["pdarts-fast", "train", "--resume", "--run-dir", str(path)])
         log.warning("stopped by %s; its checkpoint is there: %s goes on", signal, resume)
@@ -108,7 +118,7 @@ def _run(
     finally:
         run.close()
     if run.writes:
-        _print_summary(progress, path, report)
+        _print_summary(progress, path, report, clock)
     return path
 
 
@@ -135,11 +145,12 @@ def _train(
     device: torch.device,
     stop: StopRequest,
     ranks: Ranks,
+    clock: Clock,
 ) -> Progress:
     display = make_display(ranks.is_first)
     try:
         training = ranks.together(
-            lambda: Training(config, genotype, data, run, device, display, ranks)
+            lambda: Training(config, genotype, data, run, device, display, ranks, clock)
         )
         if training.resumed:
             steps = training.progress.global_step
@@ -176,12 +187,13 @@ def _description(
     ) | {"network": dataclasses.asdict(cost)}
 
 
-def _print_summary(progress: Progress, path: Path, report: Path) -> None:
+def _print_summary(progress: Progress, path: Path, report: Path, clock: Clock) -> None:
     console = Console(file=sys.stdout, highlight=False)
     console.print(
         f"\nbest test accuracy {100 * progress.best_accuracy:.2f}% "
         f"(epoch {progress.best_epoch + 1} of {progress.epoch}), {duration(progress.seconds)}"
     )
+    console.print(clock.summary(), soft_wrap=True)
     console.print(f"evaluate: pdarts-fast evaluate {path}", soft_wrap=True)
     console.print(f"report: {report}", soft_wrap=True)
 
@@ -204,7 +216,8 @@ def then_train(config: SearchConfig, run_dir: Path) -> TrainConfig:
     recipe = preset(config.preset)
     path = run_dir / "train"
     same = ("data", "download", "checksum", "seed", "device", "amp", "threads", "workers")
-    shared: dict[str, Any] = {name: getattr(config, name) for name in (*same, "skip_broken")}
+    more = ("skip_broken", "cuda_graphs")
+    shared: dict[str, Any] = {name: getattr(config, name) for name in (*same, *more)}
     if config.image_size != search_config.preset(config.preset).image_size:
         shared["image_size"] = config.image_size
         # The auxiliary head is made for the recipe's size.

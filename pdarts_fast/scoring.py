@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pdarts_fast.data import Loader
+from pdarts_fast.precision import precision_on
 
 LARGEST_K = 5
 
@@ -50,7 +51,7 @@ def score(
         network: Gives (logits [B, classes], anything).
         loader: Images and labels on the network's device; one pass is made.
         num_classes: Columns of the logits.
-        amp: bfloat16 activations.
+        amp: Mixed precision, as `precision.precision_on` has it.
         memory_format: Memory order of the images.
         each_batch: Called after each batch, for progress; may raise to stop.
         total: Adds sums over the processes that share the images of the loader.
@@ -75,7 +76,7 @@ def _score(
     sums: Tensor | None = None  # loss and correct answers among the first 1 and 5, float64 [3]
     confusion: Tensor | None = None
     for images, labels in loader.epoch(0):
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=amp):
+        with precision_on(images.device, amp).autocast(images.device):
             logits = network(images.contiguous(memory_format=memory_format))[0]
         logits = logits.float()
         loss = functional.cross_entropy(logits, labels, reduction="sum")

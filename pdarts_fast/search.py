@@ -10,22 +10,25 @@ import torch
 from torch import Tensor, nn
 
 from pdarts_fast import search_space
+from pdarts_fast.capture.cuda import cuda_capture
 from pdarts_fast.config import SearchConfig
 from pdarts_fast.data import Augmentation, Dataset, Loader, ResidentLoader, split_indices
 from pdarts_fast.distributed import SINGLE, Ranks
 from pdarts_fast.errors import RunError
+from pdarts_fast.run.clock import CHECKPOINT, LOADING, LOGGING, SET_UP, STEP, VALIDATION, Clock
 from pdarts_fast.run.directory import RunDirectory
 from pdarts_fast.run.environment import peak_memory_mib
 from pdarts_fast.run.metrics import MetricsLog
 from pdarts_fast.run.progress import Display, RemainingTime, Status
 from pdarts_fast.run.signals import Interrupted, StopRequest
 from pdarts_fast.schedule import learning_rate, skip_dropout
-from pdarts_fast.search_result import write_alphas, write_genotypes, write_stage
+from pdarts_fast.search_result import write_genotypes, write_stage
 from pdarts_fast.search_space import Derivation
 from pdarts_fast.search_state import (
     Position,
     SearchState,
     alphas_of,
+    alphas_record,
     collect_state,
     load_state,
     restore_random,
@@ -46,6 +49,7 @@ class Search:
         device: Where the supernet runs.
         display: What the user sees.
         ranks: The processes that make this search together.
+        clock: Told where the time goes.
 
     Raises:
         RunError: The checkpoint belongs to other settings.
@@ -62,6 +66,7 @@ class Search:
         device: torch.device,
         display: Display,
         ranks: Ranks = SINGLE,
+        clock: Clock | None = None,
     ) -> None:
         self.config = config
         self.ranks = ranks
@@ -69,6 +74,8 @@ class Search:
         self.run_dir = run
         self.device = device
         self.display = display
+        self.clock = clock or Clock()
+        self._capture = cuda_capture(device, config.cuda_graphs)
         self._weight_indices, self._alpha_indices = split_indices(
             len(dataset.train), config.data_split
         )
@@ -120,6 +127,7 @@ class Search:
             )
             self._train_epoch(step, weights, alphas)
             self._end_epoch(step, self.ranks.without_repeats(alphas, config.batch_size))
+        step.close()
         self._end_stage(step.network)
 
     def _build_stage(self) -> SearchStep:
@@ -147,6 +155,7 @@ class Search:
             restore_random(state, self.device)
         state.stage_state = state.random = None
         share_step(step, self.ranks)
+        step.capture_with(self._capture)
         self.display.start_stage(
             stage + 1,
             f"stage {stage + 1}/{config.stages}: {config.cells[stage]} cells, "
@@ -188,12 +197,14 @@ class Search:
         config, position = self.config, self.state.position
         trains_alphas = position.epoch >= config.warmup_epochs
         alpha_batches = self._alpha_batches(alphas) if trains_alphas else None
+        self.clock.lap(SET_UP)
         last = time.perf_counter()
-        for images, labels in weights.epoch(position.epoch, position.step):
-            if alpha_batches is not None:
-                step.alpha_step(*next(alpha_batches), position.global_step)
-            step.weight_step(images, labels, position.global_step)
+        for batch in weights.epoch(position.epoch, position.step):
+            alpha_batch = next(alpha_batches) if alpha_batches is not None else None
+            self._lap(LOADING)
+            step.run(batch, alpha_batch, position.global_step)
             self._stop.settle()
+            self._lap(STEP)
             position.step += 1
             position.global_step += 1
             now = time.perf_counter()
@@ -202,7 +213,12 @@ class Search:
             self.display.advance()
             if position.step % config.log_interval == 0 or position.step == self._steps_per_epoch:
                 self._log_interval(step)
+            self._lap(LOGGING)
             self._stop_or_save(step)
+            self._lap(CHECKPOINT)
+
+    def _lap(self, activity: str) -> None:
+        self.state.position.overhead_seconds += self.clock.lap(activity)
 
     def _stop_or_save(self, step: SearchStep) -> None:
         """Write a checkpoint if it is time for one or the search was asked to stop."""
@@ -260,6 +276,7 @@ class Search:
         }
 
     def _log_interval(self, step: SearchStep) -> None:
+        self.clock.wait(self.device)
         self._require_finite(step)
         config, position = self.config, self.state.position
         seconds, position.interval_seconds = position.interval_seconds, 0.0
@@ -319,15 +336,17 @@ class Search:
                 "entropy_reduce": search_space.entropy(values["reduce"]),
                 "images_per_second": (weights.images + alpha.images) / position.epoch_seconds,
                 "seconds": position.epoch_seconds,
+                "overhead_seconds": position.overhead_seconds,
                 "peak_memory_mib": peak_memory_mib(self.device),
             }
         )
-        write_alphas(self.run_dir, self._where(), self.state.switches, values)
+        self.run_dir.alphas.write(alphas_record(position, self.state.switches, values))
+        self.clock.lap(LOGGING)
         if position.epoch >= self.config.epochs - self.config.validation_epochs:
             self._validate(step, alphas)
         position.epoch += 1
         position.step = 0
-        position.epoch_seconds = 0.0
+        position.epoch_seconds = position.overhead_seconds = 0.0
 
     @torch.no_grad()
     def _validate(self, step: SearchStep, alphas: Loader) -> None:
@@ -345,6 +364,7 @@ class Search:
         step.network.train()
         result = self._take(meter)[WEIGHTS]
         seconds = time.perf_counter() - start
+        self.clock.lap(VALIDATION)
         self.state.position.stage_seconds += seconds
         self.metrics.write(
             {
@@ -390,5 +410,6 @@ class Search:
         position.epoch = position.step = 0
         position.stage_seconds = 0.0
         self._save(None)
+        self.clock.lap(CHECKPOINT)
         self._stop.settle()
         self._raise_if_stopped()

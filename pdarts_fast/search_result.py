@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from safetensors.torch import save
 from torch import nn
 
@@ -16,7 +15,7 @@ from pdarts_fast.errors import RunError
 from pdarts_fast.genotype import GENOTYPE_FILE, save_genotype
 from pdarts_fast.run.directory import RunDirectory
 from pdarts_fast.run.files import write_atomically
-from pdarts_fast.search_space import CELL_TYPES, Alphas, Derivation
+from pdarts_fast.search_space import Alphas, Derivation
 
 
 def write_supernet(path: Path, network: nn.Module) -> None:
@@ -53,30 +52,6 @@ def write_stage(
     if run.writes:
         write_supernet(run.path / f"supernet-stage{stage + 1}.safetensors", network)
         save_alphas(run.path / "alphas.json", finished)
-
-
-def write_alphas(
-    run: RunDirectory,
-    where: Mapping[str, int],
-    switches: Mapping[str, np.ndarray],
-    alphas: Alphas,
-) -> None:
-    """Append the alphas of an epoch to alphas.jsonl.
-
-    Args:
-        run: Run directory.
-        where: Has 1-based ``stage`` and 0-based ``epoch``.
-        switches: Live ops per edge, bool [14, 8] per cell type.
-        alphas: float32 [14, live ops] per cell type.
-    """
-    run.alphas.write(
-        {
-            "stage": where["stage"],
-            "epoch": where["epoch"],
-            "ops": {kind: search_space.live_names(switches[kind]) for kind in CELL_TYPES},
-            **{kind: np.asarray(alphas[kind]).tolist() for kind in CELL_TYPES},
-        }
-    )
 
 
 def write_genotypes(

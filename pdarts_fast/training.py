@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from pdarts_fast.capture.cuda import cuda_capture
 from pdarts_fast.cost import count_parameters
 from pdarts_fast.data.loader import keyed_generator
 from pdarts_fast.distributed import SINGLE, Ranks, digest_of
 from pdarts_fast.errors import RunError
 from pdarts_fast.genotype import Genotype, check_genotype
 from pdarts_fast.run.checkpoint import random_state, set_random_state
+from pdarts_fast.run.clock import CHECKPOINT, LOADING, LOGGING, SET_UP, STEP, VALIDATION, Clock
 from pdarts_fast.run.directory import RunDirectory
 from pdarts_fast.run.environment import peak_memory_mib
 from pdarts_fast.run.metrics import MetricsLog
@@ -40,6 +42,7 @@ class Progress:
         global_step: Steps done in all.
         epoch_seconds: Time spent on the steps of this epoch.
         interval_seconds: Time spent on steps since the last interval record.
+        overhead_seconds: Time of this epoch spent on loading, logging and checkpoints.
         seconds: Time spent on steps and evaluations.
         best_epoch: Epoch after which the test accuracy was highest (the first of equals), or -1.
         best_accuracy: That accuracy, 0 to 1.
@@ -53,6 +56,7 @@ class Progress:
     seconds: float = 0.0
     best_epoch: int = -1
     best_accuracy: float = 0.0
+    overhead_seconds: float = 0.0
 
     def add_seconds(self, seconds: float) -> None:
         """Count time spent on a training step."""
@@ -72,6 +76,7 @@ class Training:
         device: Where the network runs.
         display: What the user sees.
         ranks: The processes that make this training together.
+        clock: Told where the time goes.
 
     Raises:
         RunError: The checkpoint belongs to other settings, another cell or other images.
@@ -89,6 +94,7 @@ class Training:
         device: torch.device,
         display: Display,
         ranks: Ranks = SINGLE,
+        clock: Clock | None = None,
     ) -> None:
         self.config = config
         self.ranks = ranks
@@ -96,6 +102,7 @@ class Training:
         self.run_dir = run
         self.device = device
         self.display = display
+        self.clock = clock or Clock()
         self.spec = NetworkSpec(
             config.network,
             config.channels,
@@ -141,6 +148,7 @@ class Training:
             self.ranks.require_equal("the weights", digest_of(step.network))
         finally:
             self.metrics.close()
+        step.close()
         return progress
 
     def _load(self) -> dict[str, Any] | None:
@@ -163,6 +171,7 @@ class Training:
             step.load_state_dict(self._saved["training"])
         self._share(step)
         self._saved = None
+        step.capture_with(cuda_capture(self.device, config.cuda_graphs))
         self.display.start_stage(
             1,
             f"training: {config.cells} cells, {config.channels} channels, "
@@ -193,10 +202,13 @@ class Training:
 
     def _train_epoch(self, step: TrainStep) -> None:
         config, progress = self.config, self.progress
+        self.clock.lap(SET_UP)
         last = time.perf_counter()
         for images, labels in self.data.train.epoch(progress.epoch, progress.step):
+            self._lap(LOADING)
             step.run(images, labels, progress.global_step)
             self._stop.settle()
+            self._lap(STEP)
             progress.step += 1
             progress.global_step += 1
             now = time.perf_counter()
@@ -205,7 +217,12 @@ class Training:
             self.display.advance()
             if progress.step % config.log_interval == 0 or progress.step == self._steps_per_epoch:
                 self._log_interval(step)
+            self._lap(LOGGING)
             self._stop_or_save(step)
+            self._lap(CHECKPOINT)
+
+    def _lap(self, activity: str) -> None:
+        self.progress.overhead_seconds += self.clock.lap(activity)
 
     def _stop_or_save(self, step: TrainStep) -> None:
         """Write a checkpoint if it is time for one or the training was asked to stop."""
@@ -269,6 +286,7 @@ class Training:
         }
 
     def _log_interval(self, step: TrainStep) -> None:
+        self.clock.wait(self.device)
         self._require_finite(int(step.first_bad_step))
         config, progress = self.config, self.progress
         seconds, progress.interval_seconds = progress.interval_seconds, 0.0
@@ -326,17 +344,20 @@ class Training:
                 **self._rates(),
                 "images_per_second": average.images / progress.epoch_seconds,
                 "seconds": progress.epoch_seconds,
+                "overhead_seconds": progress.overhead_seconds,
                 "peak_memory_mib": peak_memory_mib(self.device),
             }
         )
+        self.clock.lap(LOGGING)
         last = progress.epoch + 1 == config.epochs
         if last or (progress.epoch + 1) % config.validation_interval == 0:
             self._validate(step)
         progress.epoch += 1
         progress.step = 0
-        progress.epoch_seconds = 0.0
+        progress.epoch_seconds = progress.overhead_seconds = 0.0
         if last:
             self._save(step)
+        self.clock.lap(CHECKPOINT)
 
     def _validate(self, step: TrainStep) -> None:
         """Evaluate on the test images and keep the weights, also apart if they are the best."""
@@ -353,6 +374,7 @@ class Training:
             total=self.ranks.total,
         )
         seconds = time.perf_counter() - start
+        self.clock.lap(VALIDATION)
         progress.seconds += seconds
         self.metrics.write(
             {

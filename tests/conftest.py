@@ -179,7 +179,7 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     started.close()
 
 
-TIMING = ("seconds", "images_per_second", "peak_memory_mib")
+TIMING = ("seconds", "overhead_seconds", "images_per_second", "peak_memory_mib")
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

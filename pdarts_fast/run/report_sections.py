@@ -102,8 +102,19 @@ def _accuracy_tile(data: RunData) -> tuple[str, str]:
 
 
 def _time_tile(data: RunData) -> tuple[str, str]:
-    epochs = len(data.epochs)
-    return duration(data.seconds), f"{epochs} epoch{'' if epochs == 1 else 's'}"
+    return duration(data.seconds), epochs_note(data)
+
+
+def epochs_note(data: RunData) -> str:
+    """Says how many epochs there are, and what share of their time was not spent on steps."""
+    count = len(data.epochs)
+    note = f"{count} epoch{'' if count == 1 else 's'}"
+    measured = [record for record in data.epochs if record.get("overhead_seconds") is not None]
+    seconds = sum(record.get("seconds") or 0.0 for record in measured)
+    if not seconds:
+        return note
+    share = sum(record["overhead_seconds"] for record in measured) / seconds
+    return f"{note}, {100 * share:.1f}% of the time outside their steps"
 
 
 def _backend_tile(data: RunData) -> tuple[str, str]:

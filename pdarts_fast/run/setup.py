@@ -17,7 +17,7 @@ from pdarts_fast.run.progress import BarDisplay, Display, LogDisplay, NoDisplay
 from pdarts_fast.settings import Settings, flag, to_json
 
 
-def pick_device(name: str, amp: bool, launch: Launch | None = None) -> torch.device:
+def pick_device(name: str, launch: Launch | None = None) -> torch.device:
     """The device of --device, with ``auto`` resolved.
 
     Args:
@@ -26,7 +26,7 @@ def pick_device(name: str, amp: bool, launch: Launch | None = None) -> torch.dev
         launch: How the process was started: of several ranks, each has the GPU of its local rank.
 
     Raises:
-        UsageError: The device is not there, or cannot do what --amp needs.
+        UsageError: The device is not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,8 +43,6 @@ def pick_device(name: str, amp: bool, launch: Launch | None = None) -> torch.dev
             raise UsageError(f"--device {name}: torch sees no CUDA GPU here; use --device cpu")
         if (device.index or 0) >= torch.cuda.device_count():
             raise UsageError(f"--device {device}: there are {torch.cuda.device_count()} GPUs here")
-        if amp and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise UsageError(f"--amp needs a GPU with bfloat16; {device} has none: leave it out")
     return device
 
 
