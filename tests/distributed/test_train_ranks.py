@@ -26,7 +26,7 @@ IMAGENET = (
     "--preset imagenet-256 --genotype PDARTS --cells 3 --channels 2 --batch-size 6 --epochs 1 "
     "--device cpu --workers 1"
 )
-TIMING = ("seconds", "images_per_second", "peak_memory_mib")
+TIMING = ("seconds", "overhead_seconds", "images_per_second", "peak_memory_mib")
 
 Run = Callable[..., list[Any]]
 
