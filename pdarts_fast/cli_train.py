@@ -48,11 +48,13 @@ class EvaluateCommand:
     data: Path | None = None
     """Folder of the data set (default: that of the training)."""
     loader: LoaderName = "auto"
-    """How to read an image-folder: resident in memory, or torchvision file by file."""
+    """How batches are made (default: as in the training, else auto), see `train --help`."""
     image_size: int | None = None
     """Side of the images in pixels (default: that of the training, else 32 or 224)."""
     checksum: bool = True
     """Verify the MD5 of CIFAR files."""
+    skip_broken: bool = False
+    """Leave out image files that cannot be decoded instead of stopping."""
     batch_size: int = 128
     """Images per step of the accuracy."""
     speed_batch_sizes: tuple[int, ...] = (1, 32)
@@ -66,7 +68,7 @@ class EvaluateCommand:
     threads: int | None = None
     """CPU threads (default: as many as torch chooses)."""
     workers: int = 2
-    """Threads or processes that decode image files."""
+    """Threads, or processes of the torchvision loader, that decode image files."""
     out: Path | None = None
     """Also write everything to this JSON file."""
 

@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Literal
 
 from pdarts_fast.errors import UsageError
 from pdarts_fast.settings import (
+    LOADERS,
+    LoaderName,
     Settings,
     check_choices,
     check_device,
@@ -39,6 +41,7 @@ EXECUTION_FIELDS = frozenset(
         "device",
         "cuda_graphs",
         "threads",
+        "loader",
         "workers",
         "log_interval",
         "checkpoint_interval",
@@ -96,8 +99,12 @@ class SearchConfig(Settings):
     """On a GPU, replay steps from CUDA graphs."""
     threads: int | None = None
     """CPU threads (default: as many as torch chooses)."""
+    loader: LoaderName = "auto"
+    """How batches are made, all give the same images: resident in the device's memory, by DALI or
+    by torchvision; auto: DALI on CUDA, resident on the CPU."""
     workers: int = 2
-    """Threads that decode the files of an image-folder (0: one a core)."""
+    """Threads that decode the files of an image-folder (0: one a core); threads of the DALI
+    loader, processes of the torchvision loader."""
 
     cells: tuple[int, ...] = (5, 11, 17)
     """Cells of the supernet in each stage; the number of values is the number of stages."""
@@ -256,6 +263,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "preset": tuple(PRESETS),
     "dataset": ("digits", "cifar10", "cifar100", "image-folder"),
     "backend": ("auto", "reference", "cpu", "triton"),
+    "loader": LOADERS,
     "lr_schedule": ("paper", "reference"),
 }
 

@@ -190,8 +190,8 @@ def _settings(source: Path, trained: Trained, settings: dict[str, Any]) -> Train
     if settings.get("dataset") not in (None, config.dataset):
         config = dataclasses.replace(config, data=None, loader="auto")
     given = {name: value for name, value in settings.items() if value is not None}
-    # These two only say that the flag was left out.
-    for name, default in (("loader", "auto"), ("checksum", True)):
+    # These only say that the flag was left out.
+    for name, default in (("loader", "auto"), ("checksum", True), ("skip_broken", False)):
         if given.get(name) == default:
             del given[name]
     given["image_size"] = image_size_of(trained, settings.get("image_size"))

@@ -43,7 +43,7 @@ from pdarts_fast.run.shared import for_this_attempt, load_on_all, open_run
 from pdarts_fast.run.signals import Interrupted, StopRequest
 from pdarts_fast.run.train_report import KIND, write_train_report
 from pdarts_fast.settings import differing
-from pdarts_fast.train_config import TrainConfig, preset, validate
+from pdarts_fast.train_config import FOLDERS, TrainConfig, preset, validate
 from pdarts_fast.train_data import TrainData, open_data
 from pdarts_fast.training import Progress, Training
 
@@ -101,7 +101,11 @@ def _run(
     clock: Clock,
 ) -> Path:
     """The training of a configuration that has passed the checks."""
-    data = load_on_all(ranks, config.download, lambda: open_data(config, device, shard=ranks.shard))
+    data = load_on_all(
+        ranks,
+        config.download,
+        lambda: open_data(config, device, rank=ranks.rank, world_size=ranks.size),
+    )
     run = open_run(ranks, path, config, [METRICS])
     try:
         with StopRequest(ranks.agree if ranks.size > 1 else None) as stop:
@@ -218,6 +222,8 @@ def then_train(config: SearchConfig, run_dir: Path) -> TrainConfig:
     same = ("data", "download", "checksum", "seed", "device", "amp", "threads", "workers")
     more = ("skip_broken", "cuda_graphs")
     shared: dict[str, Any] = {name: getattr(config, name) for name in (*same, *more)}
+    if config.dataset not in FOLDERS:
+        shared["loader"] = config.loader
     if config.image_size != search_config.preset(config.preset).image_size:
         shared["image_size"] = config.image_size
         # The auxiliary head is made for the recipe's size.

@@ -91,6 +91,7 @@ def _score(
     assert sums is not None
     assert confusion is not None
     loss_sum, first, five = total(sums).tolist()
-    count = loader.num_images
     matrix = total(confusion).view(num_classes, num_classes).cpu()
+    # Not the loader's number: files that could not be read were left out.
+    count = int(matrix.sum())
     return Scores(loss_sum / count, first / count, five / count, count, matrix)

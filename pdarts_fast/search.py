@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from pdarts_fast import search_space
 from pdarts_fast.capture.cuda import cuda_capture
 from pdarts_fast.config import SearchConfig
-from pdarts_fast.data import Augmentation, Dataset, Loader, ResidentLoader, split_indices
+from pdarts_fast.data import Augmentation, Dataset, Loader, split_indices
+from pdarts_fast.data.choose import array_loader, choose_loader
 from pdarts_fast.distributed import SINGLE, Ranks
 from pdarts_fast.errors import RunError
 from pdarts_fast.run.clock import CHECKPOINT, LOADING, LOGGING, SET_UP, STEP, VALIDATION, Clock
@@ -80,6 +81,7 @@ class Search:
             len(dataset.train), config.data_split
         )
         self._facts = dataset.facts(config.dataset)
+        self._loader_name = choose_loader(config.loader, device, files=False)
         saved = load_state(config, self._facts, run)
         self.resumed = saved is not None
         self.state = saved or SearchState(Position(), search_space.all_switches(), [])
@@ -168,7 +170,8 @@ class Search:
 
     def _loader(self, half: str, indices: np.ndarray) -> Loader:
         config = self.config
-        return ResidentLoader(
+        return array_loader(
+            self._loader_name,
             self.dataset.train,
             indices,
             batch_size=config.batch_size,
@@ -179,6 +182,7 @@ class Search:
             stream=f"stage{self.state.position.stage}-{half}",
             shuffle=True,
             device=self.device,
+            workers=config.workers,
             rank=self.ranks.rank,
             world_size=self.ranks.size,
         )

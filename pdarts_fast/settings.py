@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from pdarts_fast.errors import UsageError
 
@@ -28,6 +28,9 @@ class Settings:
 
 
 S = TypeVar("S", bound=Settings)
+
+LoaderName = Literal["auto", "dali", "resident", "torchvision"]
+LOADERS: tuple[str, ...] = get_args(LoaderName)
 
 # What a configuration file may hold but does not set: it belongs to the run that wrote the file.
 _OWN = frozenset({"config", "run_dir", "resume", "overwrite"})

@@ -9,17 +9,21 @@ from typing import Any, ClassVar, Literal
 
 from pdarts_fast.errors import UsageError
 from pdarts_fast.settings import (
+    LOADERS,
     Settings,
     check_choices,
     check_device,
     check_ranges,
     check_run_flags,
 )
+from pdarts_fast.settings import LoaderName as LoaderName
 
 PresetName = Literal["cifar10", "cifar100", "imagenet", "imagenet-256", "demo"]
 DatasetName = Literal["digits", "cifar10", "cifar100", "image-folder", "imagenet"]
-LoaderName = Literal["auto", "resident", "torchvision"]
 NetworkName = Literal["cifar", "imagenet"]
+
+# Data sets that are folders of image files.
+FOLDERS = ("image-folder", "imagenet")
 
 # Larger batches start with a warm-up of the learning rate. Source: arXiv 1904.12760, section 4.3.
 WARMUP_BATCH_SIZE = 256
@@ -69,8 +73,10 @@ class TrainConfig(Settings):
     data: Path | None = None
     """Folder that holds the data set (not needed for digits)."""
     loader: LoaderName = "auto"
-    """resident: all images in memory, pad and crop; torchvision: files read as they are needed,
-    random resized crop and colour jitter; auto: torchvision for imagenet, else resident."""
+    """How batches are made: dali, resident or torchvision; auto: DALI on CUDA, the fastest on the
+    CPU. With dali and torchvision an image-folder is read file by file as it is needed, with
+    random resized crop and colour jitter; with auto and resident it is decoded once into memory,
+    padded and cropped. With resident so is imagenet."""
     download: bool = False
     """Download CIFAR into --data if it is not there."""
     checksum: bool = True
@@ -78,7 +84,7 @@ class TrainConfig(Settings):
     image_size: int = 32
     """Side in pixels of the images that the network sees."""
     skip_broken: bool = False
-    """Leave out images of a resident image-folder that cannot be decoded instead of stopping."""
+    """Leave out image files that cannot be decoded instead of stopping."""
 
     run_dir: Path | None = None
     """Output folder (default: runs/train-<dataset>-<seed>-<time>)."""
@@ -100,7 +106,7 @@ class TrainConfig(Settings):
     threads: int | None = None
     """CPU threads (default: as many as torch chooses)."""
     workers: int = 2
-    """Threads, or processes of the torchvision loader, that decode image files."""
+    """Threads, or processes of the torchvision loader, that decode and augment images."""
 
     network: NetworkName = "cifar"
     """Stem and auxiliary head: cifar for small images, imagenet for 224×224."""
@@ -137,13 +143,13 @@ class TrainConfig(Settings):
     """Largest gradient norm."""
 
     crop_padding: int = 4
-    """Resident loader: zero pixels added on each side before the random crop (0: no crop)."""
+    """Images in memory: zero pixels added on each side before the random crop (0: no crop)."""
     flip: bool = True
     """Flip half of the training images horizontally."""
     cutout: int = 16
-    """Resident loader: side in pixels of the hole cut into training images (0: none)."""
+    """Images in memory: side in pixels of the hole cut into training images (0: none)."""
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.2)
-    """Torchvision loader: jitter of brightness, contrast, saturation and hue."""
+    """Images read from files: jitter of brightness, contrast, saturation and hue."""
 
     validation_interval: int = 1
     """Epochs between two evaluations on the test images; the last epoch always has one."""
@@ -159,7 +165,7 @@ class TrainConfig(Settings):
         """Whether images are read from files as they are needed."""
         if self.loader == "auto":
             return self.dataset == "imagenet"
-        return self.loader == "torchvision"
+        return self.dataset in FOLDERS and self.loader != "resident"
 
 
 _IMAGENET: dict[str, Any] = {
@@ -217,7 +223,7 @@ def preset(name: str) -> TrainConfig:
 _CHOICES: dict[str, tuple[str, ...]] = {
     "preset": tuple(PRESETS),
     "dataset": ("digits", "cifar10", "cifar100", "image-folder", "imagenet"),
-    "loader": ("auto", "resident", "torchvision"),
+    "loader": LOADERS,
     "network": ("cifar", "imagenet"),
     "lr_schedule": ("cosine", "linear"),
 }
@@ -294,16 +300,6 @@ def check_data(config: TrainConfig) -> None:
         )
     if config.download and config.dataset not in ("cifar10", "cifar100"):
         raise UsageError(f"--download works for cifar10 and cifar100, not for {config.dataset}")
-    folder = config.dataset in ("image-folder", "imagenet")
-    if config.streams and not folder:
-        raise UsageError(
-            f"--loader {config.loader} reads folders of images, {config.dataset} is none: use "
-            "--loader resident"
-        )
-    if config.streams and config.skip_broken:
-        raise UsageError(
-            "--skip-broken works with --loader resident: remove broken files, or use that loader"
-        )
     if config.jitter[3] > 0.5:
         raise UsageError(f"--jitter: the hue varies by at most 0.5, got {config.jitter[3]}")
     if not config.streams and config.cutout >= config.image_size:

@@ -1,4 +1,4 @@
-"""The loaders of a training run, resident or streaming, behind one door."""
+"""The loaders of a training run, of images in memory or of files, behind one door."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from pdarts_fast.data import Augmentation, Loader, ResidentLoader, load_dataset
-from pdarts_fast.data.shard import Shard
+from pdarts_fast.data import Augmentation, Loader, load_dataset
+from pdarts_fast.data.choose import array_loader, choose_loader, file_loader
+from pdarts_fast.data.files import MEAN, STD, find_images
+from pdarts_fast.data.plan import Shard
+from pdarts_fast.data.views import StreamAugmentation
 from pdarts_fast.train_config import TrainConfig
-
-# All of each batch, for a process alone.
-WHOLE = Shard()
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ def open_data(
     config: TrainConfig,
     device: torch.device,
     normalisation: Normalisation | None = None,
-    shard: Shard = WHOLE,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> TrainData:
     """Opens the data set of a configuration.
 
@@ -54,17 +56,24 @@ def open_data(
         device: Where batches appear.
         normalisation: Mean and standard deviation of each channel in 0..1; None for those of the
             training images (of ImageNet for images read file by file).
-        shard: The part of each batch that this process shows.
+        rank: This process among those that share each batch, see `Shard`.
+        world_size: How many share it.
 
     Raises:
-        UsageError: The folder is not there, or a value is out of range.
+        UsageError: The folder is not there, a value is out of range, or the loader cannot run.
         RunError: Data that is missing, damaged or too large for the memory.
     """
-    return (_streaming if config.streams else _resident)(config, device, normalisation, shard)
+    loader = choose_loader(config.loader, device, files=config.streams)
+    open_it = _streaming if config.streams else _in_memory
+    return open_it(config, loader, device, normalisation, Shard(rank, world_size))
 
 
-def _resident(
-    config: TrainConfig, device: torch.device, normalisation: Normalisation | None, shard: Shard
+def _in_memory(
+    config: TrainConfig,
+    loader: str,
+    device: torch.device,
+    normalisation: Normalisation | None,
+    shard: Shard,
 ) -> TrainData:
     folder = config.dataset == "imagenet"
     dataset = load_dataset(
@@ -78,7 +87,8 @@ def _resident(
     )
     mean, std = normalisation or (dataset.mean, dataset.std)
     train, test = (
-        ResidentLoader(
+        array_loader(
+            loader,
             images,
             batch_size=config.batch_size,
             augmentation=augmentation,
@@ -88,6 +98,7 @@ def _resident(
             stream=stream,
             shuffle=stream == "train",
             device=device,
+            workers=config.workers,
             rank=shard.rank,
             world_size=shard.world_size,
         )
@@ -101,22 +112,18 @@ def _resident(
 
 
 def _streaming(
-    config: TrainConfig, device: torch.device, normalisation: Normalisation | None, shard: Shard
+    config: TrainConfig,
+    loader: str,
+    device: torch.device,
+    normalisation: Normalisation | None,
+    shard: Shard,
 ) -> TrainData:
-    # Pillow and torchvision's transforms load only where they are used.
-    from pdarts_fast.data.streaming import (
-        MEAN,
-        STD,
-        StreamAugmentation,
-        StreamingLoader,
-        find_images,
-    )
-
     assert config.data is not None
     files = find_images(Path(config.data).expanduser())
     mean, std = normalisation or (MEAN, STD)
     train, test = (
-        StreamingLoader(
+        file_loader(
+            loader,
             listing,
             batch_size=config.batch_size,
             image_size=config.image_size,
@@ -128,6 +135,7 @@ def _streaming(
             shuffle=stream == "train",
             device=device,
             workers=config.workers,
+            skip_broken=config.skip_broken,
             rank=shard.rank,
             world_size=shard.world_size,
         )

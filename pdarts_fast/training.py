@@ -10,7 +10,7 @@ import torch
 
 from pdarts_fast.capture.cuda import cuda_capture
 from pdarts_fast.cost import count_parameters
-from pdarts_fast.data.loader import keyed_generator
+from pdarts_fast.data.plan import keyed_generator
 from pdarts_fast.distributed import SINGLE, Ranks, digest_of
 from pdarts_fast.errors import RunError
 from pdarts_fast.genotype import Genotype, check_genotype

@@ -86,7 +86,7 @@ def test_only_settings_that_change_the_result_differ() -> None:
         ),
         ({"data": None}, "--dataset cifar10 needs --data DIR"),
         ({"dataset": "digits", "download": True}, "--download works for cifar10"),
-        ({"loader": "torchvision"}, "--loader torchvision reads folders of images, cifar10 is"),
+        ({"loader": "numpy"}, "--loader: 'numpy' is not one of auto, dali, resident, torchvision"),
         (
             {"image_size": 16, "cutout": 8},
             "--auxiliary wants --image-size 32 for --network cifar",
@@ -98,10 +98,6 @@ def test_only_settings_that_change_the_result_differ() -> None:
         (
             {"resume": True, "overwrite": True, "run_dir": Path("x")},
             "--resume and --overwrite exclude each other",
-        ),
-        (
-            {"dataset": "imagenet", "skip_broken": True},
-            "--skip-broken works with --loader resident",
         ),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, dict) else "",
@@ -119,3 +115,26 @@ def test_unknown_settings_and_presets_are_refused() -> None:
         from_json({"max-skips": 2}, TrainConfig(), "file")
     with pytest.raises(UsageError, match="--preset: 'x' is not one of cifar10, cifar100"):
         preset("x")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "loader", "streams"),
+    [
+        ("cifar10", "auto", False),
+        ("cifar10", "dali", False),
+        ("cifar10", "torchvision", False),
+        ("image-folder", "auto", False),
+        ("image-folder", "resident", False),
+        ("image-folder", "dali", True),
+        ("image-folder", "torchvision", True),
+        ("imagenet", "auto", True),
+        ("imagenet", "dali", True),
+        ("imagenet", "resident", False),
+    ],
+)
+def test_every_loader_serves_every_data_set(dataset: str, loader: str, streams: bool) -> None:
+    config = dataclasses.replace(
+        TrainConfig(), genotype="PDARTS", data=Path("data"), dataset=dataset, loader=loader,
+        skip_broken=True,
+    )  # fmt: skip
+    assert validate(config).streams == streams

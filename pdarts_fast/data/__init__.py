@@ -2,7 +2,8 @@
 
 from pdarts_fast.data.base import Dataset, ImageData, split_indices
 from pdarts_fast.data.datasets import DATASETS, load_dataset
-from pdarts_fast.data.loader import Augmentation, Loader, ResidentLoader
+from pdarts_fast.data.loader import Loader, ResidentLoader
+from pdarts_fast.data.plan import Augmentation, Shard
 
 __all__ = [
     "DATASETS",
@@ -11,6 +12,7 @@ __all__ = [
     "ImageData",
     "Loader",
     "ResidentLoader",
+    "Shard",
     "load_dataset",
     "split_indices",
 ]

@@ -1,45 +1,26 @@
-"""Batches from uint8 images that live on the device, augmented by a few operations a batch."""
+"""Batches from uint8 images in memory: what their loaders share, and the resident one."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
 from torch.nn import functional
 
 from pdarts_fast.data.base import ImageData
-from pdarts_fast.data.shard import Shard
+from pdarts_fast.data.plan import (
+    Augmentation,
+    BatchedLoader,
+    Plan,
+    Shard,
+    draw_plan,
+)
 
-
-@dataclass(frozen=True)
-class Augmentation:
-    """What happens to each training image, in this order.
-
-    Attributes:
-        crop_padding: pixels of black added on every side before a random crop of the old size;
-            0 for no crop.
-        flip: mirror left to right with probability 1/2.
-        cutout: side in pixels of a square set to 0 after normalisation, centred on a uniformly
-            random pixel and clipped at the border; 0 for none.
-
-    Raises:
-        ValueError: a negative number.
-    """
-
-    crop_padding: int = 4
-    flip: bool = True
-    cutout: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("crop_padding", "cutout"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 (off) or more, got {getattr(self, name)}")
+Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+_ALL = slice(None)
 
 
 @runtime_checkable
@@ -48,12 +29,12 @@ class Loader(Protocol):
 
     @property
     def num_images(self) -> int:
-        """Images in an epoch."""
+        """Images in an epoch, over all ranks."""
 
     def __len__(self) -> int:
-        """Batches in an epoch; the last one may be smaller."""
+        """Batches in an epoch, the same on every rank; the last one may be smaller."""
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yields batches ``start``, ``start + 1``, ... of one epoch.
 
         Args:
@@ -66,35 +47,18 @@ class Loader(Protocol):
         """
 
 
-class _Plan(NamedTuple):
-    """The random choices of one epoch, one an image in the order it is shown: each ``[N]``."""
+class ArrayLoader(BatchedLoader[Batch]):
+    """Base of the loaders that serve :class:`ImageData`; implements :class:`Loader`.
 
-    rows: torch.Tensor  # int64, where the image is stored
-    crop_y: torch.Tensor  # int64 in 0..2·crop_padding: top of the crop in the padded image
-    crop_x: torch.Tensor
-    flip: torch.Tensor  # bool
-    hole_y: torch.Tensor  # int64 in 0..H-1: centre of the hole
-    hole_x: torch.Tensor
-
-
-class ResidentLoader:
-    """Serves :class:`ImageData` from the device's memory; implements :class:`Loader`.
-
-    Per batch: gather the images, pad, gather the crops (mirrored where the image is flipped),
-    ``(x / 255 - mean) / std``, cut the holes. No step loops over images or synchronises with the
-    device. Values equal torchvision's ``RandomCrop(padding)``, ``RandomHorizontalFlip``,
-    ``ToTensor``, ``Normalize`` bit for bit, given the same random choices.
-
-    The choices of a whole epoch are drawn at once on the CPU (about a millisecond), so every
-    device sees the same batches. They depend on ``(seed, stream, epoch)`` and the image's place
-    in the epoch only: neither on the batch size nor on where iteration starts.
+    The choices of a whole epoch are drawn at once on the CPU (about a millisecond). They depend on
+    ``(seed, stream, epoch)`` and the image's place in the epoch only: neither on the loader, the
+    device, the batch size, the number of ranks nor on where iteration starts.
 
     Args:
-        data: the images. On their own device they are shared, not copied; otherwise the loader
-            moves the ones it serves.
+        data: the images.
         indices: int64 ``[n]``, the images to serve (and their order without ``shuffle``); None
             for all.
-        batch_size: images a batch.
+        batch_size: images a batch, over all ranks.
         augmentation: None serves images as they are, normalised.
         mean: per-channel mean in 0..1.
         std: per-channel standard deviation in 0..1.
@@ -102,10 +66,9 @@ class ResidentLoader:
         stream: names this loader's purpose, e.g. ``"weights"``: loaders of one seed and different
             streams draw independently.
         shuffle: a new order each epoch.
-        device: where images are held and batches appear.
-        dtype: of the image batches; normalisation computes in at least float32.
+        device: where batches appear.
         rank: this process among those that share each batch; see :class:`Shard`.
-        world_size: how many they are.
+        world_size: how many share it.
 
     Raises:
         ValueError: an argument out of range.
@@ -124,98 +87,104 @@ class ResidentLoader:
         stream: str,
         shuffle: bool,
         device: torch.device | str,
-        dtype: torch.dtype = torch.float32,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype must be a floating-point type, got {dtype}")
-        rows = _check_indices(data, indices)
+        self._rows = _check_indices(data, indices)
+        super().__init__(len(self._rows), batch_size, Shard(rank, world_size))
         self.device = torch.device(device)
-        self._rows = rows
         self._images, self._labels = data.images, data.labels
-        if self._images.device != torch.empty(0, device=self.device).device:
-            if indices is not None:
-                picked = torch.from_numpy(rows)
-                self._images, self._labels = self._images[picked], self._labels[picked]
-                self._rows = np.arange(len(rows), dtype=np.int64)
-            self._images = self._images.to(self.device)
-            self._labels = self._labels.to(self.device)
-        self._batch_size = batch_size
-        self._shard = Shard(rank, world_size)
         self._augmentation = augmentation
         self._key = (seed, stream)
         self._shuffle = shuffle
-        self._dtype = dtype
-        self._compute_dtype = torch.promote_types(dtype, torch.float32)
-        self._mean, self._std = (
-            torch.tensor(values, dtype=self._compute_dtype, device=self.device).view(1, 3, 1, 1)
-            for values in _check_normalisation(mean, std)
+        self._mean, self._std = _check_normalisation(mean, std)
+
+    def _draw(self, epoch: int) -> Plan:
+        height, width = self._images.shape[2:]
+        return draw_plan(
+            self._key, epoch, self._rows, (height, width), self._augmentation, self._shuffle
         )
 
-    @property
-    def num_images(self) -> int:
-        return len(self._rows)
 
-    def __len__(self) -> int:
-        return math.ceil(self.num_images / self._batch_size)
+class _Plan(NamedTuple):
+    """A :class:`Plan` as tensors on the loader's device."""
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yields the batches of one epoch from batch ``start`` on; see :class:`Loader`.
+    rows: torch.Tensor
+    crop_y: torch.Tensor
+    crop_x: torch.Tensor
+    flip: torch.Tensor
+    hole_y: torch.Tensor
+    hole_x: torch.Tensor
 
-        Raises:
-            ValueError: ``epoch`` is negative, or ``start`` is not in ``0..len(self)``.
-        """
-        if epoch < 0:
-            raise ValueError(f"epoch must be 0 or more, got {epoch}")
-        if not 0 <= start <= len(self):
-            raise ValueError(f"start must be between 0 and {len(self)} batches, got {start}")
-        return self._batches(epoch, start)
 
-    def _batches(self, epoch: int, start: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        if start == len(self):
+class ResidentLoader(ArrayLoader):
+    """Serves images from the device's memory, a few operations a batch.
+
+    Per batch: gather the images, pad, gather the crops (mirrored where the image is flipped),
+    ``(x / 255 - mean) / std``, cut the holes. No step loops over images or synchronises with the
+    device. Values equal torchvision's ``RandomCrop(padding)``, ``RandomHorizontalFlip``,
+    ``ToTensor``, ``Normalize`` bit for bit, given the same random choices.
+
+    Args:
+        data: the images. On their own device they are shared, not copied; otherwise the loader
+            moves the ones it serves.
+        indices: as for :class:`ArrayLoader`.
+        dtype: of the image batches; normalisation computes in at least float32.
+        options: the other arguments of :class:`ArrayLoader`.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        data: ImageData,
+        indices: np.ndarray | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        **options: Any,
+    ) -> None:
+        super().__init__(data, indices, **options)
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating-point type, got {dtype}")
+        if self._images.device != torch.empty(0, device=self.device).device:
+            if indices is not None:
+                picked = torch.from_numpy(self._rows)
+                self._images, self._labels = self._images[picked], self._labels[picked]
+                self._rows = np.arange(len(self._rows), dtype=np.int64)
+            self._images = self._images.to(self.device)
+            self._labels = self._labels.to(self.device)
+        self._dtype = dtype
+        compute = torch.promote_types(dtype, torch.float32)
+        # All three on the device: CUDA would replace a division by a number of the host by a
+        # multiplication with its reciprocal, which rounds otherwise.
+        self._levels, self._shift, self._scale = (
+            torch.tensor(values, dtype=compute, device=self.device).view(1, -1, 1, 1)
+            for values in ((255.0,), self._mean, self._std)
+        )
+
+    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        places = self._places(start)
+        if not places:
             return
-        plan = self._plan(epoch)
-        for first in range(start * self._batch_size, self.num_images, self._batch_size):
-            stop = min(first + self._batch_size, self.num_images)
-            places = torch.from_numpy(self._shard.places(first, stop)).to(self.device)
-            part = _Plan(*(choices[places] for choices in plan))
+        plan = self._plan(epoch, np.concatenate(places))
+        sizes = [len(part) for part in places]
+        for choices in zip(*(choices.split(sizes) for choices in plan), strict=True):
+            part = _Plan(*choices)
             images = self._images.index_select(0, part.rows)
             yield self._prepare(images, part), self._labels.index_select(0, part.rows)
 
-    def _plan(self, epoch: int) -> _Plan:
-        """Draws every random choice of an epoch; each kind from a generator of its own."""
-        count = self.num_images
-        height, width = self._images.shape[2:]
-        augmentation = self._augmentation or Augmentation(crop_padding=0, flip=False)
-
-        def generator(purpose: str) -> np.random.Generator:
-            return keyed_generator(*self._key, epoch, purpose)
-
-        def below(limit: int, purpose: str, wanted: bool = True) -> np.ndarray:
-            if not wanted or limit == 1:
-                return np.zeros(count, dtype=np.int64)
-            return generator(purpose).integers(limit, size=count, dtype=np.int64)
-
-        crops, holes = 2 * augmentation.crop_padding + 1, augmentation.cutout > 0
-        choices = (
-            generator("order").permutation(self._rows) if self._shuffle else self._rows,
-            below(crops, "crop_y"),
-            below(crops, "crop_x"),
-            below(2, "flip", augmentation.flip).astype(bool),
-            below(height, "cutout_y", holes),
-            below(width, "cutout_x", holes),
-        )
-        return _Plan(*(torch.from_numpy(choice).to(self.device) for choice in choices))
+    def _plan(self, epoch: int, places: np.ndarray | slice = _ALL) -> _Plan:
+        plan = self._draw(epoch).take(places)
+        return _Plan(*(torch.from_numpy(choices).to(self.device) for choices in plan))
 
     def _prepare(self, images: torch.Tensor, plan: _Plan) -> torch.Tensor:
         """Augments and normalises uint8 ``[B, 3, H, W]``."""
         augmentation = self._augmentation
         if augmentation is not None and (augmentation.crop_padding or augmentation.flip):
             images = _crop_and_flip(images, plan, augmentation.crop_padding)
-        batch = images.to(self._compute_dtype).div_(255).sub_(self._mean).div_(self._std)
+        batch = images.to(self._scale.dtype).div_(self._levels).sub_(self._shift)
+        batch.div_(self._scale)
         if augmentation is not None and augmentation.cutout:
             _cut_holes(batch, plan, augmentation.cutout)
         return batch.to(self._dtype)
@@ -244,12 +213,6 @@ def _cut_holes(batch: torch.Tensor, plan: _Plan, side: int) -> None:
         offset = torch.arange(size, device=batch.device) - (centre[:, None] - side // 2)
         inside.append((offset >= 0) & (offset < side))  # [B, size]
     batch.masked_fill_((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0)
-
-
-def keyed_generator(*parts: int | str) -> np.random.Generator:
-    """A generator keyed by a digest of ``parts``: stable between processes and platforms."""
-    digest = blake2b(json.dumps(parts).encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
 def _check_indices(data: ImageData, indices: np.ndarray | None) -> np.ndarray:

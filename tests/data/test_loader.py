@@ -9,7 +9,7 @@ from torchvision import transforms
 from torchvision.transforms import functional as tv
 
 from pdarts_fast.data import Augmentation, ImageData, Loader, ResidentLoader
-from pdarts_fast.data.loader import keyed_generator
+from pdarts_fast.data.plan import keyed_generator
 
 # No pixel value is exactly a mean: zeros after normalisation come from cutout alone.
 MEAN, STD = (0.501, 0.402, 0.303), (0.25, 0.2, 0.3)
