@@ -1,4 +1,4 @@
-"""Which images of a batch each of several processes shows."""
+"""Which images of a batch each of several processes shows. No torch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pdarts_fast.data.loader import Loader
 
 # BatchNorm needs two values a channel, and a last layer may leave one value an image.
