@@ -194,13 +194,18 @@ class Group(Ranks):
 
     def __init__(self, launch: Launch) -> None:
         super().__init__(launch)
-        with _connecting():
+        try:
             store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
             # A restart may find the store of the attempt before it.
             store = dist.PrefixStore(f"pdarts_fast/{launch.restarts}", store)
             dist.init_process_group(
                 "gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE
             )
+        except RuntimeError as failure:
+            raise RunError(
+                f"the ranks cannot reach each other ({failure}): look at MASTER_ADDR, MASTER_PORT "
+                "and the firewall between the machines"
+            ) from failure
         self._store = store
         self._data: Any = dist.group.WORLD
         self._buffers: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
@@ -392,15 +397,3 @@ def _told(error: Exception) -> tuple[bool, str]:
     known = isinstance(error, (RunError, OSError, ValueError))
     text = str(error) if known else f"{type(error).__name__}: {error}"
     return isinstance(error, UsageError), " ".join(text.split())
-
-
-@contextlib.contextmanager
-def _connecting() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as failure:
-        text = " ".join(str(failure).split())
-        raise RunError(
-            f"the ranks cannot reach each other ({text}): look at MASTER_ADDR, MASTER_PORT and the "
-            "firewall between the machines"
-        ) from failure
