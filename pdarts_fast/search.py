@@ -26,12 +26,11 @@ from pdarts_fast.search_state import (
     Position,
     SearchState,
     alphas_of,
-    collect_state,
     load_state,
     restore_random,
     save_state,
-    share_step,
 )
+from pdarts_fast.shared_step import collect_state, share_step
 from pdarts_fast.step import WEIGHTS, Averages, Meter, SearchStep
 from pdarts_fast.supernet import Network
 
@@ -147,6 +146,7 @@ class Search:
             restore_random(state, self.device)
         state.stage_state = state.random = None
         share_step(step, self.ranks)
+        self.ranks.shift_seed(network.dropout_state)
         self.display.start_stage(
             stage + 1,
             f"stage {stage + 1}/{config.stages}: {config.cells[stage]} cells, "
