@@ -263,7 +263,8 @@ class Group(Ranks):
 
     def collect(self, *sums: Tensor) -> None:
         for own in sums:
-            own.copy_(self.total(own)) if self.is_first else (self.total(own), own.zero_())
+            total = self.total(own)
+            own.copy_(total if self.is_first else torch.zeros_like(total))
 
     def total(self, value: Tensor) -> Tensor:
         value = value.detach().cpu().clone()

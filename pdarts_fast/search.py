@@ -30,12 +30,11 @@ from pdarts_fast.search_state import (
     SearchState,
     alphas_of,
     alphas_record,
-    collect_state,
     load_state,
     restore_random,
     save_state,
-    share_step,
 )
+from pdarts_fast.shared_step import collect_state, share_step
 from pdarts_fast.step import WEIGHTS, Averages, Meter, SearchStep
 from pdarts_fast.supernet import Network
 
@@ -157,6 +156,7 @@ class Search:
             restore_random(state, self.device)
         state.stage_state = state.random = None
         share_step(step, self.ranks)
+        self.ranks.shift_seed(network.dropout_state)
         step.capture_with(self._capture)
         self.display.start_stage(
             stage + 1,

@@ -10,12 +10,13 @@ from torch import nn
 
 from pdarts_fast import search_space
 from pdarts_fast.alphas import save_alphas
-from pdarts_fast.distributed import Ranks, digest_of
+from pdarts_fast.distributed import Ranks
 from pdarts_fast.errors import RunError
 from pdarts_fast.genotype import GENOTYPE_FILE, save_genotype
 from pdarts_fast.run.directory import RunDirectory
 from pdarts_fast.run.files import write_atomically
 from pdarts_fast.search_space import Alphas, Derivation
+from pdarts_fast.shared_step import require_same
 
 
 def write_supernet(path: Path, network: nn.Module) -> None:
@@ -47,7 +48,7 @@ def write_stage(
     Raises:
         RunError: The ranks do not have the same weights and alphas, or a file cannot be written.
     """
-    ranks.require_equal("the weights and alphas", digest_of(network))
+    require_same(network, ranks)
     ranks.average_statistics(network)
     if run.writes:
         write_supernet(run.path / f"supernet-stage{stage + 1}.safetensors", network)

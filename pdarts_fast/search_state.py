@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from pdarts_fast.config import SearchConfig
-from pdarts_fast.distributed import Ranks, digest_of
 from pdarts_fast.run.checkpoint import random_state, set_random_state
 from pdarts_fast.run.directory import RunDirectory
 from pdarts_fast.run.resume import load_matching
@@ -76,27 +75,6 @@ def alphas_of(network: Network) -> Alphas:
     """The architecture parameters as float32 [14, live ops] arrays on the host."""
     normal, reduce = (a.detach().float().cpu().numpy().copy() for a in network.arch_parameters())
     return {"normal": normal, "reduce": reduce}
-
-
-def share_step(step: SearchStep, ranks: Ranks) -> None:
-    """Make the step of a stage, new or from a checkpoint, one that several ranks do together.
-
-    Raises:
-        RunError: The ranks do not begin with the same weights and alphas.
-    """
-    step.average_gradients = ranks.average_gradients
-    ranks.shift_seed(step.network.dropout_state)
-    if not ranks.is_first:
-        # The sums in a checkpoint are those of all ranks: rank 0 has them.
-        step.epoch_meter.reset()
-        step.interval_meter.reset()
-    ranks.require_equal("the weights and alphas", digest_of(step.network))
-
-
-def collect_state(step: SearchStep, ranks: Ranks) -> None:
-    """Bring what the ranks have apart, sums and running statistics, to rank 0 for a checkpoint."""
-    ranks.collect(step.epoch_meter.sums, step.interval_meter.sums)
-    ranks.average_statistics(step.network)
 
 
 def save_state(

@@ -11,7 +11,7 @@ import torch
 from pdarts_fast.capture.cuda import cuda_capture
 from pdarts_fast.cost import count_parameters
 from pdarts_fast.data.plan import keyed_generator
-from pdarts_fast.distributed import SINGLE, Ranks, digest_of
+from pdarts_fast.distributed import SINGLE, Ranks
 from pdarts_fast.errors import RunError
 from pdarts_fast.genotype import Genotype, check_genotype
 from pdarts_fast.run.checkpoint import random_state, set_random_state
@@ -24,6 +24,7 @@ from pdarts_fast.run.resume import load_matching
 from pdarts_fast.run.signals import Interrupted, StopRequest
 from pdarts_fast.scoring import Scores, score
 from pdarts_fast.settings import to_json
+from pdarts_fast.shared_step import collect_state, require_same, share_step
 from pdarts_fast.step import WEIGHTS, Averages, Meter
 from pdarts_fast.train_config import TrainConfig
 from pdarts_fast.train_data import TrainData
@@ -145,7 +146,7 @@ class Training:
                 step.set_epoch(**self._rates())
                 self._train_epoch(step)
                 self._end_epoch(step)
-            self.ranks.require_equal("the weights", digest_of(step.network))
+            require_same(step.network, self.ranks)
         finally:
             self.metrics.close()
         step.close()
@@ -193,12 +194,7 @@ class Training:
         elif ranks.rank:
             keys = (self.config.seed, self.progress.global_step, "drop-path", ranks.rank)
             torch.manual_seed(int(keyed_generator(*keys).integers(2**63)))
-        step.average_gradients = ranks.average_gradients
-        if not ranks.is_first:
-            # The sums in a checkpoint are those of all ranks: rank 0 has them.
-            step.epoch_meter.reset()
-            step.interval_meter.reset()
-        ranks.require_equal("the weights", digest_of(step.network))
+        share_step(step, ranks)
 
     def _train_epoch(self, step: TrainStep) -> None:
         config, progress = self.config, self.progress
@@ -234,8 +230,7 @@ class Training:
         self._raise_if_stopped()
 
     def _save(self, step: TrainStep) -> None:
-        self.ranks.collect(step.epoch_meter.sums, step.interval_meter.sums)
-        self.ranks.average_statistics(step.network)
+        collect_state(step, self.ranks)
         random = self.ranks.gather(random_state(self.device))
         self.run_dir.checkpoints.save(
             {

@@ -100,3 +100,14 @@ def test_a_broken_image_on_one_rank_ends_both(
     # The rank that has it says so, and rank 0 does in any case.
     assert "blue/3.jpg: not a readable image" in ranks[0].error_line(1)
     assert ranks[1].stderr == "" or "rank 1: " in ranks[1].error_line(1)
+
+
+def test_a_search_and_the_training_after_it_share_the_ranks(
+    run_ranks: Run, tiny: Any, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    flags = ["--preset", "demo", "--batch-size", 4, "--epochs", 2, "--max-skips", 8]
+    assert_ended_well(run_ranks(tiny(run, *flags, "--then-train")))
+    config = json.loads((run / "train" / "config.json").read_text())
+    assert config["config"]["genotype"] == str(run)
+    assert config["hardware"]["ranks"] == 2
