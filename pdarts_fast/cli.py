@@ -17,22 +17,26 @@ from pdarts_fast import cli_dropin, cli_train
 from pdarts_fast.config import PRESETS, DatasetName, SearchConfig, preset
 from pdarts_fast.errors import RunError, UsageError
 from pdarts_fast.flags import PROGRAM, parse, run_defaults
+from pdarts_fast.launch import read_launch, should_print, speaker
 from pdarts_fast.version import __version__
 
 
 def search(arguments: Sequence[str]) -> int:
     """Search a cell (P-DARTS, three stages)."""
     config = parse(SearchConfig, "search", arguments, run_defaults(arguments, preset))
+    from pdarts_fast.distributed import joined
     from pdarts_fast.run.signals import Interrupted
     from pdarts_fast.run_search import run_search
     from pdarts_fast.run_train import check_then_train, run_train, then_train
 
-    if config.then_train:
-        check_then_train(config)
     try:
-        run_dir = run_search(config)
-        if config.then_train:
-            run_train(then_train(config, run_dir))
+        with joined() as ranks:
+            config = ranks.first(lambda: config)
+            if config.then_train:
+                check_then_train(config)
+            run_dir = run_search(config)
+            if config.then_train:
+                run_train(then_train(config, run_dir))
     except Interrupted as stop:
         return 128 + stop.signum
     return 0
@@ -173,6 +177,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "bench": bench,
 }
 
+# What several processes can do together.
+SHARED_COMMANDS = ("search", "train")
+
 
 def usage() -> str:
     """The text of ``pdarts-fast --help``."""
@@ -208,6 +215,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise UsageError(f"no command {name!r}; there are {', '.join(COMMANDS)}")
+        launch = read_launch()
+        if launch.size > 1 and name not in SHARED_COMMANDS:
+            raise UsageError(
+                f"{name} runs in one process: start it without torchrun (what torchrun can start: "
+                f"{', '.join(SHARED_COMMANDS)})"
+            )
         return COMMANDS[name](rest)
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
@@ -218,7 +231,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
     except (RunError, OSError, ValueError) as error:
         logging.getLogger(__name__).debug("the error came from", exc_info=True)
-        print(f"{PROGRAM}: error: {_one_line(error)}", file=sys.stderr)
+        if should_print(error):
+            print(f"{PROGRAM}: error: {speaker()}{_one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 
 

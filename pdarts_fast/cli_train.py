@@ -64,7 +64,7 @@ class EvaluateCommand:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     amp: bool = False
-    """Mixed precision: bfloat16 activations."""
+    """Mixed precision: bfloat16 activations (float16 on GPUs before Ampere)."""
     threads: int | None = None
     """CPU threads (default: as many as torch chooses)."""
     workers: int = 2

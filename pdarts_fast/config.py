@@ -39,6 +39,7 @@ EXECUTION_FIELDS = frozenset(
         "overwrite",
         "backend",
         "device",
+        "cuda_graphs",
         "threads",
         "loader",
         "workers",
@@ -92,7 +93,10 @@ class SearchConfig(Settings):
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     amp: bool = False
-    """Mixed precision: bfloat16 activations, float32 weights, statistics and alphas."""
+    """Mixed precision: bfloat16 activations (float16 with a loss scale on GPUs before Ampere),
+    float32 weights, statistics and alphas."""
+    cuda_graphs: bool = True
+    """On a GPU, replay steps from CUDA graphs."""
     threads: int | None = None
     """CPU threads (default: as many as torch chooses)."""
     loader: LoaderName = "auto"

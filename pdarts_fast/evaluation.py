@@ -19,6 +19,7 @@ from torch import nn
 from pdarts_fast.cost import Cost, network_cost
 from pdarts_fast.errors import RunError, UsageError
 from pdarts_fast.genotype import load_genotype
+from pdarts_fast.precision import precision_on
 from pdarts_fast.run.directory import read_config
 from pdarts_fast.run.environment import hardware, versions
 from pdarts_fast.run.files import write_json
@@ -68,7 +69,7 @@ def measure_speed(
         image_size: Side of the images in pixels.
         batch_size: Images of a pass.
         device: Where it runs; its queue is waited for around each pass.
-        amp: bfloat16 activations.
+        amp: Mixed precision, as `precision.precision_on` has it.
     """
     images = torch.randn((batch_size, 3, image_size, image_size), device=device)
     times: list[float] = []
@@ -77,7 +78,7 @@ def measure_speed(
     ):
         _wait(device)
         start = time.perf_counter()
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
+        with precision_on(device, amp).autocast(device):
             network(images)
         _wait(device)
         times.append(time.perf_counter() - start)
@@ -144,7 +145,7 @@ def run_evaluate(
     cells = load_genotype(genotype) if genotype is not None else None
     trained = load_trained(source, which=weights, genotype=cells)
     config = _settings(source, trained, settings)
-    device = pick_device(config.device, config.amp)
+    device = pick_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     network = trained.network.to(device)

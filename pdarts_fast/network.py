@@ -20,16 +20,20 @@ HIDDEN_AUXILIARY = (128, 768)
 """Channels of the two convolutions of an auxiliary head."""
 
 
-def drop_path(x: Tensor, probability: float) -> Tensor:
+def drop_path(x: Tensor, probability: float | Tensor) -> Tensor:
     """Zeroes whole samples with a probability and scales the others by ``1 / (1 - probability)``.
 
     Args:
         x: ``[N, C, H, W]``.
         probability: 0 <= probability < 1; drawn from torch's random state of the device of ``x``.
+            As a scalar on that device it may change in place under a captured graph.
 
     Source: arXiv 1605.07648, section 3.
     """
     keep = 1.0 - probability
+    if isinstance(keep, Tensor):
+        kept = torch.rand((x.shape[0], 1, 1, 1), device=x.device) < keep
+        return x * (kept / keep).to(x.dtype)
     mask = torch.empty((x.shape[0], 1, 1, 1), dtype=x.dtype, device=x.device).bernoulli_(keep)
     return x * (mask / keep)
 
@@ -72,7 +76,7 @@ class Cell(nn.Module):
             OPS[name](C, 2 if reduction and source < 2 else 1, True) for name, source in pairs
         )
 
-    def forward(self, s0: Tensor, s1: Tensor, drop_path_prob: float) -> Tensor:
+    def forward(self, s0: Tensor, s1: Tensor, drop_path_prob: float | Tensor) -> Tensor:
         """Runs the cell.
 
         Args:
@@ -84,11 +88,13 @@ class Cell(nn.Module):
             ``[N, multiplier * C, H, W]``, or half of each side for a reduction.
         """
         states = [self.preprocess0(s0), self.preprocess1(s1)]
+        # The value of a tensor stays on its device: with one, dropping is always on.
+        drops = self.training and (isinstance(drop_path_prob, Tensor) or drop_path_prob > 0)
         for node in range(len(self._ops) // 2):
             terms = []
             for k in (2 * node, 2 * node + 1):
                 term = self._ops[k](states[self.sources[k]])
-                if self.training and drop_path_prob > 0 and not isinstance(self._ops[k], Identity):
+                if drops and not isinstance(self._ops[k], Identity):
                     term = drop_path(term, drop_path_prob)
                 terms.append(term)
             states.append(terms[0] + terms[1])
@@ -150,7 +156,7 @@ class _DerivedNetwork(nn.Module):
         if layers < 3:
             raise ValueError(f"layers must be at least 3 (two are reductions), got {layers}")
         self.genotype = check_genotype(genotype)
-        self.drop_path_prob = 0.0
+        self.drop_path_prob: float | Tensor = 0.0
         self._C = C
         self._num_classes = num_classes
         self._layers = layers
@@ -199,7 +205,8 @@ class _DerivedNetwork(nn.Module):
             Logits ``[N, num_classes]`` and those of the auxiliary head; None for the latter in
             evaluation or without a head.
         """
-        if not 0 <= self.drop_path_prob < 1:
+        known = not isinstance(self.drop_path_prob, Tensor)
+        if known and not 0 <= self.drop_path_prob < 1:
             raise ValueError(f"drop_path_prob must be in 0 <= p < 1, got {self.drop_path_prob}")
         logits_aux = None
         s0, s1 = self._stem_outputs(x)
@@ -224,7 +231,7 @@ class NetworkCIFAR(_DerivedNetwork):
         genotype: The two cells.
 
     Attributes:
-        drop_path_prob: Drop-path probability in training, 0 at first.
+        drop_path_prob: Drop-path probability in training, 0 at first; a number, or a scalar tensor.
 
     Raises:
         ValueError: An argument is out of its range or the genotype is not valid.
@@ -264,7 +271,7 @@ class NetworkImageNet(_DerivedNetwork):
         genotype: The two cells.
 
     Attributes:
-        drop_path_prob: Drop-path probability in training, 0 at first.
+        drop_path_prob: Drop-path probability in training, 0 at first; a number, or a scalar tensor.
 
     Raises:
         ValueError: An argument is out of its range or the genotype is not valid.

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from pdarts_fast.capture.cuda import check_cuda_graphs
 from pdarts_fast.config import SearchConfig, differing, preset, validate
 from pdarts_fast.data import Dataset, load_dataset, split_indices
+from pdarts_fast.distributed import Ranks, joined
 from pdarts_fast.errors import RunError
 from pdarts_fast.kernels import backends
+from pdarts_fast.run.clock import REPORT, Clock
 from pdarts_fast.run.directory import RunDirectory, default_run_dir, read_config, require_usable
 from pdarts_fast.run.drawing import draw_genotype
 from pdarts_fast.run.environment import hardware
@@ -23,7 +26,14 @@ from pdarts_fast.run.metrics import require_tensorboard
 from pdarts_fast.run.progress import duration
 from pdarts_fast.run.report import write_report
 from pdarts_fast.run.report_data import read_run
-from pdarts_fast.run.setup import command_line, description, make_display, pick_device
+from pdarts_fast.run.setup import (
+    check_batch_size,
+    command_line,
+    description,
+    make_display,
+    pick_device,
+)
+from pdarts_fast.run.shared import for_this_attempt, load_on_all, open_run
 from pdarts_fast.run.signals import Interrupted, StopRequest
 from pdarts_fast.search import Search
 from pdarts_fast.search_space import Derivation
@@ -45,17 +55,34 @@ def run_search(config: SearchConfig) -> Path:
         RunError: Data, disk or numbers stopped the search; what was written stays.
         Interrupted: A signal stopped it after writing a checkpoint.
     """
-    config = validate(config)
-    path = config.run_dir or default_run_dir(config.dataset, config.seed)
+    clock = Clock()
+    with joined() as ranks:
+        # The folder to resume may be on the machine of rank 0 only, and with it the settings.
+        config = ranks.first(lambda: for_this_attempt(ranks.launch, validate(config)))
+        path = ranks.first(lambda: config.run_dir or default_run_dir(config.dataset, config.seed))
+        device = ranks.together(lambda: _check(config, path, ranks))
+        ranks.use(device)
+        return _run(config, path, device, ranks, clock)
+
+
+def _check(config: SearchConfig, path: Path, ranks: Ranks) -> torch.device:
+    """The device, after the checks that need no data."""
+    check_batch_size(config.batch_size, ranks.size)
     require_usable(path, resume=config.resume, overwrite=config.overwrite)
     if config.resume:
         _require_same_settings(config, path)
-    device = pick_device(config.device, config.amp)
+    device = pick_device(config.device, ranks.launch)
+    check_cuda_graphs(device, config.cuda_graphs, ranks.backend(device))
     backends.resolve(config.backend, device)
     if config.tensorboard:
         require_tensorboard()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    return device
+
+
+def _load(config: SearchConfig) -> Dataset:
+    """The images, of which each half has at least one."""
     dataset = load_dataset(
         config.dataset,
         config.data,
@@ -66,11 +93,20 @@ def run_search(config: SearchConfig) -> Path:
         skip_broken=config.skip_broken,
     )
     split_indices(len(dataset.train), config.data_split)
-    run = RunDirectory(path, resume=config.resume, overwrite=config.overwrite)
+    return dataset
+
+
+def _run(
+    config: SearchConfig, path: Path, device: torch.device, ranks: Ranks, clock: Clock
+) -> Path:
+    """The search of a configuration that has passed the checks."""
+    dataset = load_on_all(ranks, config.download, lambda: _load(config))
+    run = open_run(ranks, path, config)
     try:
-        with StopRequest() as stop:
-            derivation = _search(config, dataset, run, device, stop)
-        _write_outputs(path, derivation, config)
+        with StopRequest(ranks.agree if ranks.size > 1 else None) as stop:
+            derivation = _search(config, dataset, run, device, stop, ranks, clock)
+        if run.writes:
+            _write_outputs(path, derivation, config, clock)
     except Interrupted as signal:
         resume = shlex.join(["pdarts-fast", "search", "--resume", "--run-dir", str(path)])
         log.warning("stopped by %s; its checkpoint is there: %s goes on", signal, resume)
@@ -97,10 +133,12 @@ def _search(
     run: RunDirectory,
     device: torch.device,
     stop: StopRequest,
+    ranks: Ranks,
+    clock: Clock,
 ) -> Derivation:
-    display = make_display()
+    display = make_display(ranks.is_first)
     try:
-        search = Search(config, dataset, run, device, display)
+        search = ranks.together(lambda: Search(config, dataset, run, device, display, ranks, clock))
         if search.resumed:
             position = search.state.position
             display.message(f"goes on in {run.path} after {position.global_step} steps")
@@ -108,19 +146,21 @@ def _search(
             if config.resume:
                 log.warning("no checkpoint in %s: the search starts from its beginning", run.path)
             display.message(f"writes into {run.path}")
-            run.write_json("config.json", _description(config, dataset, device))
+            run.write_json("config.json", _description(config, dataset, device, ranks))
         return search.run(stop)
     finally:
         display.close()
 
 
-def _description(config: SearchConfig, dataset: Dataset, device: torch.device) -> dict[str, Any]:
+def _description(
+    config: SearchConfig, dataset: Dataset, device: torch.device, ranks: Ranks
+) -> dict[str, Any]:
     """What config.json holds: the settings and what they were run with."""
     return description(
         config,
         search_command(config),
         dataset.facts(config.dataset),
-        hardware(device, backends.resolve(config.backend, device)),
+        hardware(device, backends.resolve(config.backend, device), ranks.size),
     )
 
 
@@ -134,11 +174,12 @@ def train_command(run_dir: Path) -> str:
     return shlex.join(["pdarts-fast", "train", "--genotype", str(run_dir)])
 
 
-def _write_outputs(path: Path, derivation: Derivation, config: SearchConfig) -> None:
+def _write_outputs(path: Path, derivation: Derivation, config: SearchConfig, clock: Clock) -> None:
     genotype = derivation.restricted[config.max_skips]
     with disk_errors(path):
         draw_genotype(genotype, path / "cell")
         report = write_report(path, train_command=train_command(path))
+    clock.lap(REPORT)
     console = Console(file=sys.stdout, highlight=False)
     console.print(f"\ngenotype (at most {config.max_skips} skips in the normal cell):")
     console.print(str(genotype), soft_wrap=True)
@@ -147,4 +188,5 @@ def _write_outputs(path: Path, derivation: Derivation, config: SearchConfig) -> 
             f"stage {stage}: {record['cells']} cells, {record['ops']} ops an edge, "
             f"{duration(record['seconds'])}"
         )
+    console.print(clock.summary(), soft_wrap=True)
     console.print(f"report: {report}", soft_wrap=True)

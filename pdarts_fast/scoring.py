@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pdarts_fast.data import Loader
+from pdarts_fast.precision import precision_on
 
 LARGEST_K = 5
 
@@ -42,6 +43,7 @@ def score(
     amp: bool = False,
     memory_format: torch.memory_format = torch.contiguous_format,
     each_batch: Callable[[], None] = lambda: None,
+    total: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Scores:
     """Evaluate a derived network; its training mode and weights stay as they were.
 
@@ -49,14 +51,15 @@ def score(
         network: Gives (logits [B, classes], anything).
         loader: Images and labels on the network's device; one pass is made.
         num_classes: Columns of the logits.
-        amp: bfloat16 activations.
+        amp: Mixed precision, as `precision.precision_on` has it.
         memory_format: Memory order of the images.
         each_batch: Called after each batch, for progress; may raise to stop.
+        total: Adds sums over the processes that share the images of the loader.
     """
     training = network.training
     network.eval()
     try:
-        return _score(network, loader, num_classes, amp, memory_format, each_batch)
+        return _score(network, loader, num_classes, amp, memory_format, each_batch, total)
     finally:
         network.train(training)
 
@@ -68,11 +71,12 @@ def _score(
     amp: bool,
     memory_format: torch.memory_format,
     each_batch: Callable[[], None],
+    total: Callable[[Tensor], Tensor],
 ) -> Scores:
     sums: Tensor | None = None  # loss and correct answers among the first 1 and 5, float64 [3]
     confusion: Tensor | None = None
     for images, labels in loader.epoch(0):
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=amp):
+        with precision_on(images.device, amp).autocast(images.device):
             logits = network(images.contiguous(memory_format=memory_format))[0]
         logits = logits.float()
         loss = functional.cross_entropy(logits, labels, reduction="sum")
@@ -86,8 +90,8 @@ def _score(
         each_batch()
     assert sums is not None
     assert confusion is not None
-    loss_sum, first, five = sums.tolist()
-    matrix = confusion.view(num_classes, num_classes).cpu()
+    loss_sum, first, five = total(sums).tolist()
+    matrix = total(confusion).view(num_classes, num_classes).cpu()
     # Not the loader's number: files that could not be read were left out.
     count = int(matrix.sum())
     return Scores(loss_sum / count, first / count, five / count, count, matrix)

@@ -10,28 +10,32 @@ import torch
 from torch import Tensor, nn
 
 from pdarts_fast import search_space
-from pdarts_fast.alphas import save_alphas
+from pdarts_fast.capture.cuda import cuda_capture
 from pdarts_fast.config import SearchConfig
 from pdarts_fast.data import Augmentation, Dataset, Loader, split_indices
 from pdarts_fast.data.choose import array_loader, choose_loader
+from pdarts_fast.distributed import SINGLE, Ranks
 from pdarts_fast.errors import RunError
+from pdarts_fast.run.clock import CHECKPOINT, LOADING, LOGGING, SET_UP, STEP, VALIDATION, Clock
 from pdarts_fast.run.directory import RunDirectory
 from pdarts_fast.run.environment import peak_memory_mib
 from pdarts_fast.run.metrics import MetricsLog
 from pdarts_fast.run.progress import Display, RemainingTime, Status
 from pdarts_fast.run.signals import Interrupted, StopRequest
 from pdarts_fast.schedule import learning_rate, skip_dropout
-from pdarts_fast.search_result import write_genotypes, write_supernet
-from pdarts_fast.search_space import CELL_TYPES, Derivation
+from pdarts_fast.search_result import write_genotypes, write_stage
+from pdarts_fast.search_space import Derivation
 from pdarts_fast.search_state import (
-    Alphas,
     Position,
     SearchState,
+    alphas_of,
+    alphas_record,
     load_state,
     restore_random,
     save_state,
 )
-from pdarts_fast.step import WEIGHTS, Meter, SearchStep
+from pdarts_fast.shared_step import collect_state, share_step
+from pdarts_fast.step import WEIGHTS, Averages, Meter, SearchStep
 from pdarts_fast.supernet import Network
 
 
@@ -44,6 +48,8 @@ class Search:
         run: Open run directory; holds the checkpoint to go on from, if any.
         device: Where the supernet runs.
         display: What the user sees.
+        ranks: The processes that make this search together.
+        clock: Told where the time goes.
 
     Raises:
         RunError: The checkpoint belongs to other settings.
@@ -59,12 +65,17 @@ class Search:
         run: RunDirectory,
         device: torch.device,
         display: Display,
+        ranks: Ranks = SINGLE,
+        clock: Clock | None = None,
     ) -> None:
         self.config = config
+        self.ranks = ranks
         self.dataset = dataset
         self.run_dir = run
         self.device = device
         self.display = display
+        self.clock = clock or Clock()
+        self._capture = cuda_capture(device, config.cuda_graphs)
         self._weight_indices, self._alpha_indices = split_indices(
             len(dataset.train), config.data_split
         )
@@ -75,7 +86,7 @@ class Search:
         self.state = saved or SearchState(Position(), search_space.all_switches(), [])
         self.metrics = MetricsLog(
             run.metrics,
-            run.path / "tensorboard" if config.tensorboard else None,
+            run.path / "tensorboard" if config.tensorboard and run.writes else None,
             self.state.position.global_step,
         )
         steps = -(-len(self._weight_indices) // config.batch_size)
@@ -103,7 +114,7 @@ class Search:
                 self._run_stage()
         finally:
             self.metrics.close()
-        return write_genotypes(self.run_dir.path, self.state.finished, self.config.max_skips)
+        return write_genotypes(self.run_dir, self.ranks, self.state.finished, self.config.max_skips)
 
     def _run_stage(self) -> None:
         config, position = self.config, self.state.position
@@ -116,7 +127,8 @@ class Search:
                 skip_dropout(config, position.stage, position.epoch),
             )
             self._train_epoch(step, weights, alphas)
-            self._end_epoch(step, alphas)
+            self._end_epoch(step, self.ranks.without_repeats(alphas, config.batch_size))
+        step.close()
         self._end_stage(step.network)
 
     def _build_stage(self) -> SearchStep:
@@ -143,6 +155,9 @@ class Search:
             step.load_state_dict(state.stage_state)
             restore_random(state, self.device)
         state.stage_state = state.random = None
+        share_step(step, self.ranks)
+        self.ranks.shift_seed(network.dropout_state)
+        step.capture_with(self._capture)
         self.display.start_stage(
             stage + 1,
             f"stage {stage + 1}/{config.stages}: {config.cells[stage]} cells, "
@@ -168,6 +183,8 @@ class Search:
             shuffle=True,
             device=self.device,
             workers=config.workers,
+            rank=self.ranks.rank,
+            world_size=self.ranks.size,
         )
 
     def _alpha_batches(self, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
@@ -184,11 +201,14 @@ class Search:
         config, position = self.config, self.state.position
         trains_alphas = position.epoch >= config.warmup_epochs
         alpha_batches = self._alpha_batches(alphas) if trains_alphas else None
+        self.clock.lap(SET_UP)
         last = time.perf_counter()
-        for images, labels in weights.epoch(position.epoch, position.step):
-            if alpha_batches is not None:
-                step.alpha_step(*next(alpha_batches), position.global_step)
-            step.weight_step(images, labels, position.global_step)
+        for batch in weights.epoch(position.epoch, position.step):
+            alpha_batch = next(alpha_batches) if alpha_batches is not None else None
+            self._lap(LOADING)
+            step.run(batch, alpha_batch, position.global_step)
+            self._stop.settle()
+            self._lap(STEP)
             position.step += 1
             position.global_step += 1
             now = time.perf_counter()
@@ -197,7 +217,12 @@ class Search:
             self.display.advance()
             if position.step % config.log_interval == 0 or position.step == self._steps_per_epoch:
                 self._log_interval(step)
+            self._lap(LOGGING)
             self._stop_or_save(step)
+            self._lap(CHECKPOINT)
+
+    def _lap(self, activity: str) -> None:
+        self.state.position.overhead_seconds += self.clock.lap(activity)
 
     def _stop_or_save(self, step: SearchStep) -> None:
         """Write a checkpoint if it is time for one or the search was asked to stop."""
@@ -211,6 +236,8 @@ class Search:
         self._raise_if_stopped()
 
     def _save(self, step: SearchStep | None) -> None:
+        if step is not None:
+            collect_state(step, self.ranks)
         save_state(self.state, step, self.config, self._facts, self.run_dir, self.device)
 
     def _raise_if_stopped(self) -> None:
@@ -219,15 +246,23 @@ class Search:
 
     def _require_finite(self, step: SearchStep) -> None:
         """Refuse to go on, and to overwrite a good checkpoint, after a loss that is no number."""
-        bad = int(step.first_bad_step)
+        bad = self.ranks.agree(int(step.first_bad_step))
         if bad < 0:
             return
         stage = self.state.position.stage + 1
-        raise RunError(
+        message = (
             f"the loss or gradient of step {bad} (stage {stage}) is not finite; the last good "
             f"checkpoint is in {self.run_dir.path / 'checkpoints'}; try a smaller --lr or "
             "--grad-clip"
         )
+        raise self.ranks.agreed(RunError(message))
+
+    def _take(self, meter: Meter) -> tuple[Averages, Averages]:
+        """The averages over all ranks (on rank 0), of which the meter is emptied."""
+        self.ranks.collect(meter.sums)
+        averages = meter.read()
+        meter.reset()
+        return averages
 
     def _where(self) -> dict[str, int]:
         position = self.state.position
@@ -245,11 +280,11 @@ class Search:
         }
 
     def _log_interval(self, step: SearchStep) -> None:
+        self.clock.wait(self.device)
         self._require_finite(step)
         config, position = self.config, self.state.position
         seconds, position.interval_seconds = position.interval_seconds, 0.0
-        weights, alphas = step.interval_meter.read()
-        step.interval_meter.reset()
+        weights, alphas = self._take(step.interval_meter)
         speed = (weights.images + alphas.images) / seconds
         passes = sum(-(-part.images // config.batch_size) for part in (weights, alphas))
         self._remaining.add(position.stage, passes, seconds)
@@ -290,9 +325,8 @@ class Search:
         goes on at the beginning of this method.
         """
         position = self.state.position
-        weights, alpha = step.epoch_meter.read()
-        step.epoch_meter.reset()
-        values = _alphas_of(step.network)
+        weights, alpha = self._take(step.epoch_meter)
+        values = alphas_of(step.network)
         self.metrics.write(
             {
                 "kind": "epoch",
@@ -306,41 +340,35 @@ class Search:
                 "entropy_reduce": search_space.entropy(values["reduce"]),
                 "images_per_second": (weights.images + alpha.images) / position.epoch_seconds,
                 "seconds": position.epoch_seconds,
+                "overhead_seconds": position.overhead_seconds,
                 "peak_memory_mib": peak_memory_mib(self.device),
             }
         )
-        self._write_alphas(values)
+        self.run_dir.alphas.write(alphas_record(position, self.state.switches, values))
+        self.clock.lap(LOGGING)
         if position.epoch >= self.config.epochs - self.config.validation_epochs:
             self._validate(step, alphas)
         position.epoch += 1
         position.step = 0
-        position.epoch_seconds = 0.0
-
-    def _write_alphas(self, values: Alphas) -> None:
-        switches = self.state.switches
-        where = self._where()
-        self.run_dir.alphas.write(
-            {
-                "stage": where["stage"],
-                "epoch": where["epoch"],
-                "ops": {kind: search_space.live_names(switches[kind]) for kind in CELL_TYPES},
-                **{kind: values[kind].tolist() for kind in CELL_TYPES},
-            }
-        )
+        position.epoch_seconds = position.overhead_seconds = 0.0
 
     @torch.no_grad()
     def _validate(self, step: SearchStep, alphas: Loader) -> None:
         """Evaluate the supernet on the alpha half, augmented as in training (the paper's way)."""
         start = time.perf_counter()
         meter = Meter(self.device)
+        self.ranks.average_statistics(step.network)
         step.network.eval()
         for images, labels in alphas.epoch(self.config.epochs + self.state.position.epoch):
-            loss, logits = step.forward(images, labels)
-            meter.add(WEIGHTS, loss, logits, labels)
+            if len(labels):
+                loss, logits = step.forward(images, labels)
+                meter.add(WEIGHTS, loss, logits, labels)
+            self._stop.settle()
             self._raise_if_stopped()
         step.network.train()
-        result = meter.read()[WEIGHTS]
+        result = self._take(meter)[WEIGHTS]
         seconds = time.perf_counter() - start
+        self.clock.lap(VALIDATION)
         self.state.position.stage_seconds += seconds
         self.metrics.write(
             {
@@ -377,20 +405,15 @@ class Search:
                 "dropped": dropped,
             }
         )
-        values = _alphas_of(network)
+        values = alphas_of(network)
         state.finished.append(values)
-        write_supernet(self.run_dir.path / f"supernet-stage{stage + 1}.safetensors", network)
+        write_stage(self.run_dir, self.ranks, stage, network, state.finished)
         if stage + 1 < config.stages:
             state.switches = search_space.drop_ops(state.switches, values, dropped)
-        save_alphas(self.run_dir.path / "alphas.json", state.finished)
         position.stage += 1
         position.epoch = position.step = 0
         position.stage_seconds = 0.0
         self._save(None)
+        self.clock.lap(CHECKPOINT)
+        self._stop.settle()
         self._raise_if_stopped()
-
-
-def _alphas_of(network: Network) -> Alphas:
-    """The architecture parameters as float32 [14, live ops] arrays on the host."""
-    normal, reduce = (a.detach().float().cpu().numpy().copy() for a in network.arch_parameters())
-    return {"normal": normal, "reduce": reduce}

@@ -9,10 +9,14 @@ from safetensors.torch import save
 from torch import nn
 
 from pdarts_fast import search_space
+from pdarts_fast.alphas import save_alphas
+from pdarts_fast.distributed import Ranks
 from pdarts_fast.errors import RunError
 from pdarts_fast.genotype import GENOTYPE_FILE, save_genotype
+from pdarts_fast.run.directory import RunDirectory
 from pdarts_fast.run.files import write_atomically
 from pdarts_fast.search_space import Alphas, Derivation
+from pdarts_fast.shared_step import require_same
 
 
 def write_supernet(path: Path, network: nn.Module) -> None:
@@ -25,25 +29,59 @@ def write_supernet(path: Path, network: nn.Module) -> None:
     write_atomically(path, save(tensors))
 
 
-def write_genotypes(run_dir: Path, finished: Sequence[Alphas], max_skips: int) -> Derivation:
+def write_stage(
+    run: RunDirectory,
+    ranks: Ranks,
+    stage: int,
+    network: nn.Module,
+    finished: Sequence[Alphas],
+) -> None:
+    """Write the supernet of a stage that has ended, and the alphas of all stages so far.
+
+    Args:
+        run: Run directory.
+        ranks: The processes that have trained it.
+        stage: 0-based stage.
+        network: Its supernet.
+        finished: Alphas at the end of each stage so far, raw (before softmax).
+
+    Raises:
+        RunError: The ranks do not have the same weights and alphas, or a file cannot be written.
+    """
+    require_same(network, ranks)
+    ranks.average_statistics(network)
+    if run.writes:
+        write_supernet(run.path / f"supernet-stage{stage + 1}.safetensors", network)
+        save_alphas(run.path / "alphas.json", finished)
+
+
+def write_genotypes(
+    run: RunDirectory, ranks: Ranks, finished: Sequence[Alphas], max_skips: int
+) -> Derivation:
     """Derive the genotypes of a search and write genotype.json.
 
     Args:
-        run_dir: Folder to write into.
+        run: Run directory to write into.
+        ranks: The processes that have made the search.
         finished: Alphas at the end of each stage, raw (before softmax).
         max_skips: Skips allowed in the normal cell of the result.
 
     Raises:
-        RunError: No cell has that few skips, or the file cannot be written.
+        RunError: No cell has that few skips, the ranks have found different cells, or the file
+            cannot be written.
     """
     derivation = search_space.derive(finished)
+    ranks.require_equal("the genotypes", repr(derivation))
     if max_skips not in derivation.restricted:
-        raise RunError(
+        message = (
             f"--max-skips {max_skips} cannot be reached with the ops of the last stage; the alphas "
-            f"are kept: `pdarts-fast derive {run_dir}` lists the genotypes that can"
+            f"are kept: `pdarts-fast derive {run.path}` lists the genotypes that can"
         )
+        raise ranks.agreed(RunError(message))
+    if not run.writes:
+        return derivation
     save_genotype(
-        run_dir / GENOTYPE_FILE,
+        run.path / GENOTYPE_FILE,
         derivation.restricted[max_skips],
         max_skips=max_skips,
         unrestricted=derivation.genotype,

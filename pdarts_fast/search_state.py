@@ -12,8 +12,10 @@ from pdarts_fast.config import SearchConfig
 from pdarts_fast.run.checkpoint import random_state, set_random_state
 from pdarts_fast.run.directory import RunDirectory
 from pdarts_fast.run.resume import load_matching
+from pdarts_fast.search_space import CELL_TYPES, Switches, live_names
 from pdarts_fast.settings import to_json
 from pdarts_fast.step import SearchStep
+from pdarts_fast.supernet import Network
 
 Alphas = dict[str, np.ndarray]
 
@@ -30,6 +32,7 @@ class Position:
         epoch_seconds: Time spent on the steps of this epoch.
         stage_seconds: Time spent in this stage.
         interval_seconds: Time spent since the last interval record.
+        overhead_seconds: Time of this epoch spent on loading, logging and checkpoints.
     """
 
     stage: int = 0
@@ -39,6 +42,7 @@ class Position:
     epoch_seconds: float = 0.0
     stage_seconds: float = 0.0
     interval_seconds: float = 0.0
+    overhead_seconds: float = 0.0
 
     def add_seconds(self, seconds: float) -> None:
         """Count time spent on a training step."""
@@ -65,6 +69,12 @@ class SearchState:
     finished: list[Alphas]
     stage_state: dict[str, Any] | None = None
     random: dict[str, Any] | None = None
+
+
+def alphas_of(network: Network) -> Alphas:
+    """The architecture parameters as float32 [14, live ops] arrays on the host."""
+    normal, reduce = (a.detach().float().cpu().numpy().copy() for a in network.arch_parameters())
+    return {"normal": normal, "reduce": reduce}
 
 
 def save_state(
@@ -128,3 +138,13 @@ def restore_random(state: SearchState, device: torch.device) -> None:
     """Set the random generators to where the checkpoint had them, if there was one."""
     if state.random is not None:
         set_random_state(state.random, device)
+
+
+def alphas_record(position: Position, switches: Switches, values: Alphas) -> dict[str, Any]:
+    """The line of alphas.jsonl for the epoch that has ended: live ops and their alphas."""
+    return {
+        "stage": position.stage + 1,
+        "epoch": position.epoch,
+        "ops": {kind: live_names(switches[kind]) for kind in CELL_TYPES},
+        **{kind: values[kind].tolist() for kind in CELL_TYPES},
+    }

@@ -52,6 +52,7 @@ class TrainConfig(Settings):
             "resume",
             "overwrite",
             "device",
+            "cuda_graphs",
             "threads",
             "workers",
             "log_interval",
@@ -96,7 +97,10 @@ class TrainConfig(Settings):
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     amp: bool = False
-    """Mixed precision: bfloat16 activations, float32 weights and statistics."""
+    """Mixed precision: bfloat16 activations (float16 with a loss scale on GPUs before Ampere),
+    float32 weights and statistics."""
+    cuda_graphs: bool = True
+    """On a GPU, replay steps from CUDA graphs."""
     channels_last: bool = False
     """Keep activations in channels-last memory order (faster on recent GPUs)."""
     threads: int | None = None

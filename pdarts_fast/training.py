@@ -8,10 +8,14 @@ from typing import Any
 
 import torch
 
+from pdarts_fast.capture.cuda import cuda_capture
 from pdarts_fast.cost import count_parameters
+from pdarts_fast.data.plan import keyed_generator
+from pdarts_fast.distributed import SINGLE, Ranks
 from pdarts_fast.errors import RunError
 from pdarts_fast.genotype import Genotype, check_genotype
 from pdarts_fast.run.checkpoint import random_state, set_random_state
+from pdarts_fast.run.clock import CHECKPOINT, LOADING, LOGGING, SET_UP, STEP, VALIDATION, Clock
 from pdarts_fast.run.directory import RunDirectory
 from pdarts_fast.run.environment import peak_memory_mib
 from pdarts_fast.run.metrics import MetricsLog
@@ -20,7 +24,8 @@ from pdarts_fast.run.resume import load_matching
 from pdarts_fast.run.signals import Interrupted, StopRequest
 from pdarts_fast.scoring import Scores, score
 from pdarts_fast.settings import to_json
-from pdarts_fast.step import WEIGHTS
+from pdarts_fast.shared_step import collect_state, require_same, share_step
+from pdarts_fast.step import WEIGHTS, Averages, Meter
 from pdarts_fast.train_config import TrainConfig
 from pdarts_fast.train_data import TrainData
 from pdarts_fast.train_schedule import drop_path, learning_rate
@@ -38,6 +43,7 @@ class Progress:
         global_step: Steps done in all.
         epoch_seconds: Time spent on the steps of this epoch.
         interval_seconds: Time spent on steps since the last interval record.
+        overhead_seconds: Time of this epoch spent on loading, logging and checkpoints.
         seconds: Time spent on steps and evaluations.
         best_epoch: Epoch after which the test accuracy was highest (the first of equals), or -1.
         best_accuracy: That accuracy, 0 to 1.
@@ -51,6 +57,7 @@ class Progress:
     seconds: float = 0.0
     best_epoch: int = -1
     best_accuracy: float = 0.0
+    overhead_seconds: float = 0.0
 
     def add_seconds(self, seconds: float) -> None:
         """Count time spent on a training step."""
@@ -69,6 +76,8 @@ class Training:
         run: Open run directory; holds the checkpoint to go on from, if any.
         device: Where the network runs.
         display: What the user sees.
+        ranks: The processes that make this training together.
+        clock: Told where the time goes.
 
     Raises:
         RunError: The checkpoint belongs to other settings, another cell or other images.
@@ -85,12 +94,16 @@ class Training:
         run: RunDirectory,
         device: torch.device,
         display: Display,
+        ranks: Ranks = SINGLE,
+        clock: Clock | None = None,
     ) -> None:
         self.config = config
+        self.ranks = ranks
         self.data = data
         self.run_dir = run
         self.device = device
         self.display = display
+        self.clock = clock or Clock()
         self.spec = NetworkSpec(
             config.network,
             config.channels,
@@ -104,7 +117,7 @@ class Training:
         self.progress = Progress(**self._saved["progress"]) if self._saved else Progress()
         self.metrics = MetricsLog(
             run.metrics,
-            run.path / "tensorboard" if config.tensorboard else None,
+            run.path / "tensorboard" if config.tensorboard and run.writes else None,
             self.progress.global_step,
         )
         self._steps_per_epoch = len(data.train)
@@ -133,8 +146,10 @@ class Training:
                 step.set_epoch(**self._rates())
                 self._train_epoch(step)
                 self._end_epoch(step)
+            require_same(step.network, self.ranks)
         finally:
             self.metrics.close()
+        step.close()
         return progress
 
     def _load(self) -> dict[str, Any] | None:
@@ -155,8 +170,9 @@ class Training:
         step = TrainStep(network, config, self.device)
         if self._saved is not None:
             step.load_state_dict(self._saved["training"])
-            set_random_state(self._saved["random"], self.device)
-            self._saved = None
+        self._share(step)
+        self._saved = None
+        step.capture_with(cuda_capture(self.device, config.cuda_graphs))
         self.display.start_stage(
             1,
             f"training: {config.cells} cells, {config.channels} channels, "
@@ -166,11 +182,29 @@ class Training:
         )
         return step
 
+    def _share(self, step: TrainStep) -> None:
+        """Make a step, new or from the checkpoint, one that several ranks do together.
+
+        Drop-path draws from torch's generator: each rank has a sequence of its own.
+        """
+        ranks, saved = self.ranks, self._saved
+        states = [] if saved is None else [saved["random"], *saved.get("random_of_others", [])]
+        if ranks.rank < len(states):
+            set_random_state(states[ranks.rank], self.device)
+        elif ranks.rank:
+            keys = (self.config.seed, self.progress.global_step, "drop-path", ranks.rank)
+            torch.manual_seed(int(keyed_generator(*keys).integers(2**63)))
+        share_step(step, ranks)
+
     def _train_epoch(self, step: TrainStep) -> None:
         config, progress = self.config, self.progress
+        self.clock.lap(SET_UP)
         last = time.perf_counter()
         for images, labels in self.data.train.epoch(progress.epoch, progress.step):
+            self._lap(LOADING)
             step.run(images, labels, progress.global_step)
+            self._stop.settle()
+            self._lap(STEP)
             progress.step += 1
             progress.global_step += 1
             now = time.perf_counter()
@@ -179,7 +213,12 @@ class Training:
             self.display.advance()
             if progress.step % config.log_interval == 0 or progress.step == self._steps_per_epoch:
                 self._log_interval(step)
+            self._lap(LOGGING)
             self._stop_or_save(step)
+            self._lap(CHECKPOINT)
+
+    def _lap(self, activity: str) -> None:
+        self.progress.overhead_seconds += self.clock.lap(activity)
 
     def _stop_or_save(self, step: TrainStep) -> None:
         """Write a checkpoint if it is time for one or the training was asked to stop."""
@@ -191,6 +230,8 @@ class Training:
         self._raise_if_stopped()
 
     def _save(self, step: TrainStep) -> None:
+        collect_state(step, self.ranks)
+        random = self.ranks.gather(random_state(self.device))
         self.run_dir.checkpoints.save(
             {
                 "settings": to_json(self.config),
@@ -198,10 +239,15 @@ class Training:
                 "genotype": self.spec.genotype._asdict(),
                 "progress": asdict(self.progress),
                 "training": step.state_dict(),
-                "random": random_state(self.device),
+                "random": random[0],
+                "random_of_others": random[1:],
                 "files": self.run_dir.file_lengths(),
             }
         )
+
+    def _settle_and_raise(self) -> None:
+        self._stop.settle()
+        self._raise_if_stopped()
 
     def _raise_if_stopped(self) -> None:
         if self._stop.signum is not None:
@@ -209,11 +255,20 @@ class Training:
 
     def _require_finite(self, bad_step: int) -> None:
         """Refuse to go on, and to overwrite a good checkpoint, after a loss that is no number."""
+        bad_step = self.ranks.agree(bad_step)
         if bad_step >= 0:
-            raise RunError(
+            message = (
                 f"the loss or gradient of step {bad_step} is not finite; the last good checkpoint "
                 f"is in {self.run_dir.path / 'checkpoints'}; try a smaller --lr or --grad-clip"
             )
+            raise self.ranks.agreed(RunError(message))
+
+    def _take(self, meter: Meter) -> Averages:
+        """The averages over all ranks (on rank 0), of which the meter is emptied."""
+        self.ranks.collect(meter.sums)
+        average = meter.read()[WEIGHTS]
+        meter.reset()
+        return average
 
     def _where(self) -> dict[str, int]:
         return {"epoch": self.progress.epoch, "step": self.progress.global_step}
@@ -226,11 +281,11 @@ class Training:
         }
 
     def _log_interval(self, step: TrainStep) -> None:
+        self.clock.wait(self.device)
         self._require_finite(int(step.first_bad_step))
         config, progress = self.config, self.progress
         seconds, progress.interval_seconds = progress.interval_seconds, 0.0
-        average = step.interval_meter.read()[WEIGHTS]
-        step.interval_meter.reset()
+        average = self._take(step.interval_meter)
         speed = average.images / seconds
         self.metrics.write(
             {
@@ -274,8 +329,7 @@ class Training:
         goes on at the beginning of this method.
         """
         config, progress = self.config, self.progress
-        average = step.epoch_meter.read()[WEIGHTS]
-        step.epoch_meter.reset()
+        average = self._take(step.epoch_meter)
         self.metrics.write(
             {
                 "kind": "epoch",
@@ -285,31 +339,37 @@ class Training:
                 **self._rates(),
                 "images_per_second": average.images / progress.epoch_seconds,
                 "seconds": progress.epoch_seconds,
+                "overhead_seconds": progress.overhead_seconds,
                 "peak_memory_mib": peak_memory_mib(self.device),
             }
         )
+        self.clock.lap(LOGGING)
         last = progress.epoch + 1 == config.epochs
         if last or (progress.epoch + 1) % config.validation_interval == 0:
             self._validate(step)
         progress.epoch += 1
         progress.step = 0
-        progress.epoch_seconds = 0.0
+        progress.epoch_seconds = progress.overhead_seconds = 0.0
         if last:
             self._save(step)
+        self.clock.lap(CHECKPOINT)
 
     def _validate(self, step: TrainStep) -> None:
         """Evaluate on the test images and keep the weights, also apart if they are the best."""
         progress = self.progress
         start = time.perf_counter()
+        self.ranks.average_statistics(step.network)
         scores = score(
             step.network,
-            self.data.test,
+            self.ranks.without_repeats(self.data.test, self.config.batch_size),
             self.data.num_classes,
             amp=self.config.amp,
             memory_format=step.memory_format,
-            each_batch=self._raise_if_stopped,
+            each_batch=self._settle_and_raise,
+            total=self.ranks.total,
         )
         seconds = time.perf_counter() - start
+        self.clock.lap(VALIDATION)
         progress.seconds += seconds
         self.metrics.write(
             {
@@ -332,6 +392,8 @@ class Training:
         )
 
     def _write_weights(self, which: str, step: TrainStep, scores: Scores) -> None:
+        if not self.run_dir.writes:
+            return
         facts = {
             "epoch": self.progress.epoch,
             "accuracy": scores.accuracy,

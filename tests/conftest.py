@@ -79,6 +79,8 @@ class Processes:
         counts: Sequence[str] = (),
         pauses: Mapping[str, float] | None = None,
         terminal: str | None = None,
+        environment: Mapping[str, str] | None = None,
+        network: str = "ToyNetwork",
     ) -> Process:
         """Starts ``pdarts-fast arguments``.
 
@@ -90,6 +92,8 @@ class Processes:
             counts: Calls to count.
             pauses: Calls to make slower, in seconds.
             terminal: Path of a terminal that takes the place of standard error.
+            environment: Variables to add.
+            network: Which of the stand-ins of `toy_network.py` takes the place of the supernet.
         """
         self._number += 1
         outputs = {
@@ -98,6 +102,7 @@ class Processes:
         job = {
             "arguments": list(arguments), "toy": toy, "kill": kill, "fault": fault,
             "counts": list(counts), "pauses": dict(pauses or {}), "cwd": str(self._folder),
+            "environment": dict(environment or {}), "network": network,
             **outputs, **({"stderr": terminal} if terminal else {}),
         }  # fmt: skip
         return Process(self, int(self.ask(job)), Path(outputs["stdout"]))
@@ -174,7 +179,7 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     started.close()
 
 
-TIMING = ("seconds", "images_per_second", "peak_memory_mib")
+TIMING = ("seconds", "overhead_seconds", "images_per_second", "peak_memory_mib")
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ IMAGENET = (
     "--device cpu --threads 1 --workers 1 --checkpoint-interval 1 --log-interval 1"
 )
 STEP = "pdarts_fast.train_step:TrainStep.run"
-TIMING = ("seconds", "images_per_second", "peak_memory_mib")
+TIMING = ("seconds", "overhead_seconds", "images_per_second", "peak_memory_mib")
 
 Main = Callable[..., tuple[int, str, str]]
 

@@ -160,7 +160,8 @@ KEYS = {
     },
     "epoch": {
         "train_loss", "train_accuracy", "alpha_loss", "alpha_accuracy", "lr", "dropout",
-        "entropy_normal", "entropy_reduce", "images_per_second", "seconds", "peak_memory_mib",
+        "entropy_normal", "entropy_reduce", "images_per_second", "seconds", "overhead_seconds",
+        "peak_memory_mib",
     },
     "validation": {"loss", "accuracy", "images", "seconds"},
     "stage": {"cells", "ops", "channels", "epochs", "parameters", "seconds", "dropped"},

@@ -38,7 +38,7 @@ PLACES = [
     "pdarts_fast.training:save_weights",
     "pdarts_fast.run_train:draw_genotype",
 ]
-TIMING = ("seconds", "images_per_second", "peak_memory_mib")
+TIMING = ("seconds", "overhead_seconds", "images_per_second", "peak_memory_mib")
 
 Command = Callable[..., list[str]]
 

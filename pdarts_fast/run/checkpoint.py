@@ -15,6 +15,7 @@ import torch
 
 from pdarts_fast.errors import RunError
 from pdarts_fast.run.files import disk_errors, write_atomically, write_json
+from pdarts_fast.run.packing import PACKED, pack, unpack
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class CheckpointFolder:
         numbers = self._numbers()
         number = numbers[-1] + 1 if numbers else 1
         buffer = io.BytesIO()
-        torch.save({"format": FORMAT, **state}, buffer)
+        torch.save({"format": FORMAT, **pack(state)}, buffer)
         content = buffer.getbuffer()
         path = self._path(number)
         write_atomically(path, content)
@@ -123,7 +124,7 @@ def _read(path: Path) -> dict[str, Any]:
             "resume with the version that wrote it (config.json names it), or give another "
             "--run-dir"
         )
-    return state
+    return unpack(state) if PACKED in state else state
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

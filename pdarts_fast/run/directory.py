@@ -16,6 +16,7 @@ from pdarts_fast.errors import RunError, UsageError
 from pdarts_fast.run.checkpoint import CheckpointFolder
 from pdarts_fast.run.files import JsonLines, disk_errors, write_json
 
+LOCK = ".lock"
 METRICS = "metrics.jsonl"
 ALPHAS = "alphas.jsonl"
 # Everything a run writes: what --overwrite removes.
@@ -61,7 +62,12 @@ class RunDirectory:
         UsageError: The folder holds a run and neither `resume` nor `overwrite` is given, or it is
             no folder.
         RunError: It cannot be written, or another process is writing a run into it.
+
+    Attributes:
+        writes: Whether this process writes the files of the run.
     """
+
+    writes = True
 
     def __init__(
         self,
@@ -92,7 +98,8 @@ class RunDirectory:
         return self._logs[ALPHAS]
 
     def _acquire(self) -> Any:
-        file = open(self.path / ".lock", "w")  # noqa: SIM115 (held until close)
+        # Whoever holds the lock has written the content: it stays until this one has it.
+        file = open(self.path / LOCK, "a")  # noqa: SIM115 (held until close)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -103,6 +110,13 @@ class RunDirectory:
             ) from None
         _LOCKS.add(file)
         return file
+
+    def mark(self, launch: str) -> None:
+        """Note which launch of several attempts the run is from; `launch_of` reads it."""
+        with disk_errors(self.path):
+            self._lock.truncate(0)
+            self._lock.write(launch)
+            self._lock.flush()
 
     def _remove_run(self) -> None:
         # The checkpoints first: if this is cut short, nothing is left that --resume would take.
@@ -134,6 +148,14 @@ class RunDirectory:
         self._lock.close()
 
 
+def launch_of(path: Path) -> str:
+    """What `RunDirectory.mark` noted in a folder; empty if nothing."""
+    try:
+        return (path / LOCK).read_text()
+    except FileNotFoundError:
+        return ""
+
+
 def require_usable(path: Path, *, resume: bool = False, overwrite: bool = False) -> None:
     """Raise `UsageError` if a run may not write into a folder; arguments as in `RunDirectory`."""
     if path.exists() and not path.is_dir():
@@ -141,7 +163,7 @@ def require_usable(path: Path, *, resume: bool = False, overwrite: bool = False)
     if resume or overwrite or not path.is_dir():
         return
     with disk_errors(path):
-        occupied = any(file.name != ".lock" for file in path.iterdir())
+        occupied = any(file.name != LOCK for file in path.iterdir())
     if occupied:
         raise UsageError(
             f"--run-dir {path} exists and is not empty: --resume goes on with the run in it, "

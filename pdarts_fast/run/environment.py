@@ -92,8 +92,8 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def hardware(device: torch.device, backend: str) -> dict[str, Any]:
-    """Processor, memory and GPU of this machine, and the backend that runs on them."""
+def hardware(device: torch.device, backend: str, ranks: int = 1) -> dict[str, Any]:
+    """Processor, memory and GPU of this machine, the backend, and the number of processes."""
     return {
         "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -103,6 +103,7 @@ def hardware(device: torch.device, backend: str) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "device": str(device),
         "backend": backend,
+        "ranks": ranks,
     }
 
 

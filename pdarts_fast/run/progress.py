@@ -81,6 +81,25 @@ class LogDisplay:
         """Nothing to put back."""
 
 
+class NoDisplay:
+    """Shows nothing: another process of the run does."""
+
+    def start_stage(self, stage: int, text: str, steps: int, done: int) -> None:
+        """Nothing to show."""
+
+    def advance(self) -> None:
+        """Nothing to show."""
+
+    def report(self, status: Status) -> None:
+        """Nothing to show."""
+
+    def message(self, text: str) -> None:
+        """Nothing to show."""
+
+    def close(self) -> None:
+        """Nothing to put back."""
+
+
 class BarDisplay:
     """A bar a stage on a terminal, with loss, accuracy, images/s and the time left."""
 

@@ -102,8 +102,19 @@ def _accuracy_tile(data: RunData) -> tuple[str, str]:
 
 
 def _time_tile(data: RunData) -> tuple[str, str]:
-    epochs = len(data.epochs)
-    return duration(data.seconds), f"{epochs} epoch{'' if epochs == 1 else 's'}"
+    return duration(data.seconds), epochs_note(data)
+
+
+def epochs_note(data: RunData) -> str:
+    """Says how many epochs there are, and what share of their time was not spent on steps."""
+    count = len(data.epochs)
+    note = f"{count} epoch{'' if count == 1 else 's'}"
+    measured = [record for record in data.epochs if record.get("overhead_seconds") is not None]
+    seconds = sum(record.get("seconds") or 0.0 for record in measured)
+    if not seconds:
+        return note
+    share = sum(record["overhead_seconds"] for record in measured) / seconds
+    return f"{note}, {100 * share:.1f}% of the time outside their steps"
 
 
 def _backend_tile(data: RunData) -> tuple[str, str]:
@@ -124,6 +135,8 @@ def hardware_tile(data: RunData) -> tuple[str, str]:
         details.append(f"{hardware['cores']} cores")
     if hardware.get("memory_gib"):
         details.append(f"{hardware['memory_gib']} GiB of memory")
+    if hardware.get("ranks", 1) > 1:
+        details.append(f"{hardware['ranks']} processes")
     return str(hardware.get("gpu") or cpu), ", ".join(details)
 
 

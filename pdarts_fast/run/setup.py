@@ -9,33 +9,56 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from pdarts_fast.data.shard import SMALLEST_PART
 from pdarts_fast.errors import UsageError
+from pdarts_fast.launch import Launch
 from pdarts_fast.run.environment import git_state, versions
-from pdarts_fast.run.progress import BarDisplay, Display, LogDisplay
+from pdarts_fast.run.progress import BarDisplay, Display, LogDisplay, NoDisplay
 from pdarts_fast.settings import Settings, flag, to_json
 
 
-def pick_device(name: str, amp: bool) -> torch.device:
+def pick_device(name: str, launch: Launch | None = None) -> torch.device:
     """The device of --device, with ``auto`` resolved.
 
+    Args:
+        name: Value of --device.
+        amp: Whether the device has to compute in bfloat16.
+        launch: How the process was started: of several ranks, each has the GPU of its local rank.
+
     Raises:
-        UsageError: The device is not there, or cannot do what --amp needs.
+        UsageError: The device is not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
+    if device.type == "cuda" and launch is not None and launch.size > 1:
+        if device.index is not None:
+            raise UsageError(
+                f"--device {name} is one GPU for {launch.size} ranks: give --device cuda, which "
+                "takes one for each"
+            )
+        device = torch.device("cuda", launch.local_rank)
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UsageError(f"--device {name}: torch sees no CUDA GPU here; use --device cpu")
         if (device.index or 0) >= torch.cuda.device_count():
-            raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here")
-        if amp and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise UsageError(f"--amp needs a GPU with bfloat16; {device} has none: leave it out")
+            raise UsageError(f"--device {device}: there are {torch.cuda.device_count()} GPUs here")
     return device
 
 
-def make_display() -> Display:
-    """A progress bar on a terminal, plain log lines elsewhere."""
+def check_batch_size(batch_size: int, ranks: int) -> None:
+    """Raise `UsageError` if a batch cannot be shared by so many ranks."""
+    if batch_size % ranks or batch_size < SMALLEST_PART * ranks:
+        raise UsageError(
+            f"--batch-size {batch_size} is the batch of all {ranks} ranks together and has to be "
+            f"{SMALLEST_PART * ranks} or more and divisible by {ranks}"
+        )
+
+
+def make_display(first: bool = True) -> Display:
+    """A progress bar on a terminal, plain log lines elsewhere; nothing but for the first rank."""
+    if not first:
+        return NoDisplay()
     console = Console(stderr=True)
     return BarDisplay(console) if console.is_terminal else LogDisplay()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -23,10 +24,19 @@ class StopRequest:
     """Notes the first SIGINT or SIGTERM; the second one acts at once, as without this class.
 
     Use as a context manager around the work; must run in the main thread.
+
+    Args:
+        agree: Gives the largest of the values of all processes of a run, which have to stop at
+            the same point; None in a run of one process.
+
+    Attributes:
+        signum: The signal that asked; in a run of several processes known after `settle`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, agree: Callable[[int], int] | None = None) -> None:
         self.signum: int | None = None
+        self._noted = 0
+        self._agree = agree
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -37,8 +47,15 @@ class StopRequest:
     def __exit__(self, *exception: object) -> None:
         self._restore()
 
+    def settle(self) -> None:
+        """Settle with the other processes, which call this too, whether to stop here."""
+        if self._agree is not None:
+            self.signum = self._agree(self._noted) or None
+
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.signum = signum
+        self._noted = signum
+        if self._agree is None:
+            self.signum = signum
         self._restore()
 
     def _restore(self) -> None:

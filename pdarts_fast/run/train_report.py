@@ -153,11 +153,7 @@ def _error_tile(data: RunData) -> tuple[str, str]:
 
 def _time_tile(data: RunData) -> tuple[str, str]:
     evaluations = sum(record.get("seconds") or 0.0 for record in data.validations)
-    epochs = len(data.epochs)
-    return (
-        sections.duration(data.seconds + evaluations),
-        f"{epochs} epoch{'' if epochs == 1 else 's'}",
-    )
+    return sections.duration(data.seconds + evaluations), sections.epochs_note(data)
 
 
 def _curves(data: RunData) -> str:

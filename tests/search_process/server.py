@@ -23,11 +23,11 @@ from typing import Any, NoReturn
 
 import torch
 
-from pdarts_fast import cli, run_search, run_train
+from pdarts_fast import cli, run_search, run_train, search
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from toy_network import ToyNetwork
+import toy_network
 
 # What a first search would import on its way: seconds, but for every process.
 for module in ("torch._dynamo", "pdarts_fast.data.image_folder"):
@@ -55,9 +55,12 @@ def run(job: dict[str, Any]) -> NoReturn:
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.chdir(job["cwd"])
+    os.environ.update(job["environment"])
     torch.set_num_threads(1)
     for module, name, replacement in TOYS if job["toy"] else ():
         setattr(importlib.import_module(module), name, replacement)
+    if job["toy"]:
+        search.Network = getattr(toy_network, job["network"])
     if job["kill"] is not None:
         place, call, when = job["kill"]
         watch(place, kill_at(place, call, when))
@@ -115,8 +118,9 @@ def fail_at(place: str, call: int, kind: str) -> Callable[..., Any]:
     """A wrapper whose n-th and later calls fail.
 
     Args:
-        kind: Name of an errno to raise as OSError, ``bug`` for a RuntimeError, or ``nan`` to turn
-            the second argument, a tensor, into NaN.
+        kind: Name of an errno to raise as OSError, ``bug`` for a RuntimeError, ``nan`` to turn
+            the second argument, a tensor, into NaN, or ``drift`` to change the alphas of the
+            first argument, a step, a little.
     """
 
     def wrapper(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -124,6 +128,9 @@ def fail_at(place: str, call: int, kind: str) -> Callable[..., Any]:
             return original(*args, **kwargs)
         if kind == "nan":
             return original(args[0], args[1] * float("nan"), *args[2:], **kwargs)
+        if kind == "drift":
+            args[0].alphas[0].data.add_(1e-6)
+            return original(*args, **kwargs)
         if kind == "bug":
             raise RuntimeError("a bug")
         number = getattr(errno, kind)
@@ -155,7 +162,6 @@ def write_report(run_dir: Path, *, train_command: str | None = None) -> Path:
 
 
 TOYS = [
-    ("pdarts_fast.search", "Network", ToyNetwork),
     (run_search.__name__, "draw_genotype", draw),
     (run_search.__name__, "write_report", write_report),
     (run_train.__name__, "draw_genotype", draw),

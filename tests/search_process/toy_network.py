@@ -63,3 +63,11 @@ class ToyNetwork(nn.Module):
     @property
     def dropout_state(self) -> Tensor:
         return self.skip_dropout.state
+
+
+class PlainNetwork(ToyNetwork):
+    """Without BatchNorm: what a batch gives is the mean of what its parts give."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.stem[1] = nn.Identity()
