@@ -139,6 +139,8 @@ class Descent:
         return state if self.scale is None else state | {"scale": self.scale.state_dict()}
 
     def _load_shared_state(self, state: dict[str, Any]) -> None:
+        # Optimisers hold other tensors after loading than those that a graph knows.
+        self.invalidate()
         self.epoch_meter.sums.copy_(state["epoch_sums"])
         self.interval_meter.sums.copy_(state["interval_sums"])
         # A run that goes on on another device may have had no scale, or have none now.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pdarts_fast.capture.step import Batch
 from pdarts_fast.config import SearchConfig
 from pdarts_fast.descent import Descent
+from pdarts_fast.descent import keep_gradients as keep_gradients
 from pdarts_fast.meter import ALPHAS as ALPHAS
 from pdarts_fast.meter import WEIGHTS as WEIGHTS
 from pdarts_fast.meter import Averages as Averages

@@ -120,7 +120,7 @@ def epochs_note(data: RunData) -> str:
 def _backend_tile(data: RunData) -> tuple[str, str]:
     hardware = data.section("hardware")
     name = str(hardware.get("backend") or data.config.get("backend") or "unknown")
-    precision = "mixed precision (bfloat16)" if data.config.get("amp") else "float32"
+    precision = "mixed precision" if data.config.get("amp") else "float32"
     return name, precision
 
 

@@ -72,16 +72,19 @@ class Watched(TraceCapture):
         super().release()
 
 
-def test_a_search_from_traces_ends_as_an_eager_one(run_tiny: Run, outcome: Any) -> None:
+def test_a_search_from_traces_ends_as_an_eager_one(
+    run_tiny: Run, outcome: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     capture = Watched()
     eager, traced = run_tiny("search"), run_tiny("search", capture=capture)
     assert outcome(traced) == outcome(eager)
     # In each stage: weights alone and after alphas, full batches and the smaller last one.
     assert (capture.recorded, capture.released) == (12, 3)
+    assert capsys.readouterr().out.count("; outside the steps ") == 2
 
 
 def test_a_training_from_traces_ends_as_an_eager_one(
-    run_tiny: Run, monkeypatch: pytest.MonkeyPatch
+    run_tiny: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make = functools.partial(TrainStep, tensor_drop_path=True)
     monkeypatch.setattr(training, "TrainStep", make)
@@ -93,6 +96,7 @@ def test_a_training_from_traces_ends_as_an_eager_one(
         losses.append([r["train_loss"] for r in records if r["kind"] == "epoch"])
     assert losses[0] == losses[1]
     assert capture.recorded == 2
+    assert capsys.readouterr().out.count("; outside the steps ") == 2
 
 
 READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")

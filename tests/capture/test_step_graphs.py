@@ -166,6 +166,19 @@ def test_graphs_are_released_between_stages_and_when_the_network_changes(
     assert capture.log == once * 2
 
 
+def test_loading_a_state_records_anew(make_step: Make, make_batch: Make) -> None:
+    eager, graphed, capture = make_step(), make_step(), Rerun()
+    graphed.capture_with(capture)
+    for step in (eager, graphed):
+        step.run(make_batch(0), None, 0)
+        saved = copy.deepcopy(step.state_dict())
+        step.run(make_batch(1), None, 1)
+        step.load_state_dict(saved)
+        step.run(make_batch(1), None, 1)
+    assert capture.log.count("record") == 2
+    assert same(graphed, eager)
+
+
 def test_only_gpus_have_graphs() -> None:
     assert cuda_capture(torch.device("cpu"), True) is None
     assert cuda_capture(torch.device("cuda"), False) is None

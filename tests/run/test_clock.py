@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from pdarts_fast.run import clock as clocks
 from pdarts_fast.run.clock import Clock
+from pdarts_fast.run.report_data import RunData
+from pdarts_fast.run.report_sections import epochs_note
 
 
 @pytest.fixture
@@ -43,3 +46,21 @@ def test_a_run_that_did_nothing_has_no_overhead() -> None:
 def test_a_cpu_has_nothing_to_wait_for(clock: Clock) -> None:
     clock.wait(torch.device("cpu"))
     assert clock.seconds[clocks.STEP] == 0
+
+
+@pytest.mark.parametrize(
+    ("epochs", "note"),
+    [
+        ([{"seconds": 8.0, "overhead_seconds": 0.2}] * 2, "2 epochs, 2.5% of the time"),
+        ([{"seconds": 8.0}, {"seconds": 4.0, "overhead_seconds": 1.0}], "2 epochs, 25.0%"),
+        ([{"seconds": 8.0}], "1 epoch"),
+        ([], "0 epochs"),
+    ],
+    ids=["measured", "partly-measured", "of-before", "none"],
+)
+def test_the_report_says_what_share_was_outside_the_steps(
+    epochs: list[dict[str, float]], note: str
+) -> None:
+    text = epochs_note(RunData(Path("run"), {}, epochs=epochs))
+    assert text.startswith(note)
+    assert ("outside their steps" in text) == ("%" in note)
