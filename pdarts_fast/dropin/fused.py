@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,8 @@ from pdarts_fast.kernels.cell import backend_named
 from pdarts_fast.kernels.cell_pass import state_size
 from pdarts_fast.kernels.interface import Arrays, Backend
 from pdarts_fast.kernels.weights import Weights
+
+Empty = Callable[[tuple[int, ...], Tensor, torch.dtype], Tensor]
 
 
 @dataclass
@@ -133,24 +135,38 @@ def _allocate(call: _Call, s0: Tensor, s1: Tensor, gains: list[Tensor]) -> Store
     )
 
 
-def _output(plan: CellPlan, nodes: Tensor) -> Tensor:
+def _output(plan: CellPlan, nodes: Tensor, empty: Empty) -> Tensor:
     """The nodes of the output, ``[N, concat * C, H, W]``; shares memory where it can."""
     by_node = nodes.unflatten(-1, (plan.steps, -1))
     if plan.all_nodes and by_node.shape[-1] == plan.channels:
         return nodes.permute(0, 3, 1, 2)
-    kept = by_node[..., list(plan.concat), : plan.channels]
-    return kept.flatten(-2).permute(0, 3, 1, 2)
+    out = empty((*nodes.shape[:3], len(plan.concat) * plan.channels), nodes, nodes.dtype)
+    parts = out.unflatten(-1, (-1, plan.channels))
+    if plan.all_nodes:
+        parts.copy_(by_node[..., : plan.channels])
+    else:
+        for place, node in enumerate(plan.concat):
+            parts[..., place, :].copy_(by_node[..., node, : plan.channels])
+    return out.permute(0, 3, 1, 2)
 
 
-def _node_gradients(plan: CellPlan, grad: Tensor, nodes: Tensor) -> Tensor:
+def _node_gradients(plan: CellPlan, grad: Tensor, nodes: Tensor, empty: Empty) -> Tensor:
     """Gradient of the output as one of all nodes, ``[N, H, W, steps * C]``."""
     rows = grad.to(nodes.dtype).permute(0, 2, 3, 1)
     channels = nodes.shape[-1] // plan.steps
     if plan.all_nodes and channels == plan.channels:
         return rows.contiguous()
-    full = rows.new_zeros(*rows.shape[:3], plan.steps, channels)
-    full[..., list(plan.concat), : plan.channels] = rows.unflatten(-1, (-1, plan.channels))
-    return full.flatten(-2)
+    full = empty(tuple(nodes.shape), nodes, nodes.dtype)
+    by_node, parts = full.unflatten(-1, (-1, channels)), rows.unflatten(-1, (-1, plan.channels))
+    by_node[..., plan.channels :].zero_()
+    for node in set(range(plan.steps)) - set(plan.concat):
+        by_node[..., node, :].zero_()
+    if plan.all_nodes:
+        by_node[..., : plan.channels].copy_(parts)
+    else:
+        for place, node in enumerate(plan.concat):
+            by_node[..., node, : plan.channels].copy_(parts[..., place, :])
+    return full
 
 
 def _update_running(call: _Call, stored: Stored, stats: Tensor) -> None:
@@ -182,7 +198,7 @@ class _Cell(torch.autograd.Function):
             driver.run()
             if call.context.training:
                 _update_running(call, stored, driver.stats)
-            out = _output(call.plan, stored.nodes)
+            out = _output(call.plan, stored.nodes, call.backend.empty)
         _save(ctx, call, stored, out, (s0, s1), alphas, tensors)
         return out
 
@@ -198,7 +214,7 @@ class _Cell(torch.autograd.Function):
         arrays = call.arrays(stored, weights, want_weights)
         driver = CellBackward(call.backend, context, call.tables, stored, arrays, alphas)
         driver.parameters = parameters
-        rows = _node_gradients(call.plan, grad, stored.nodes)
+        rows = _node_gradients(call.plan, grad, stored.nodes, call.backend.empty)
         inputs = driver.run(rows, (want0, want1), want_weights)
         grads: list[Tensor | None] = [
             x[..., :channels].permute(0, 3, 1, 2).to(dtype) if want and x is not None else None

@@ -139,11 +139,12 @@ class CellForward(CellPass):
         if self.training:
             self.stats[row] = sums[0]
             self.stored.norms[row] = moments.normalisation(sums)[0]
-        if self.stored.raw:
-            state[which].copy_(y)
         norms = self.stored.norms[row : row + 1]
-        scale, shift = self.with_gains(norms, self.input_gain(which))
-        self.backend.affine_(state[which], self.cast(scale[0]), self.cast(shift[0]))
+        scale, shift = map(self.cast, self.with_gains(norms, self.input_gain(which)))
+        if self.stored.raw:
+            self.backend.mix(group.call, self.input_arrays(y), scale, shift[0], state[which])
+        else:
+            self.backend.affine_(state[which], scale[0], shift[0])
 
     def _leave(self, source: int) -> None:
         """Everything on the edges that leave a state, up to the last BatchNorm."""

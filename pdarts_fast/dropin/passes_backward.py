@@ -151,11 +151,13 @@ class CellBackward(CellPass):
         """
         assert self.arrays.half_grads is not None
         products = torch.empty_like(norms[:, 0])
-        for i, item in enumerate(group.call.items):
-            y = self.stored.slots[item.input].double()
-            normalised = y * norms[i, 0] + norms[i, 1]
-            grad = self.arrays.half_grads[item.half].double()
-            products[i] = (grad * normalised).sum((0, 1, 2))
+        scale, shift = self.cast(norms[:, 0]), self.cast(norms[:, 1])
+        sums = norms.new_empty(2, norms.shape[-1])
+        for i, call in enumerate(group.inputs):
+            grad = self.arrays.half_grads[call.items[0].half]
+            row = slice(i, i + 1)
+            self.backend.reduce(call, self.arrays, grad, scale[row], shift[row], sums)
+            products[i] = sums[1]
         return products
 
     def _gather(self, source: int, incoming: Tensor | None) -> Tensor:

@@ -31,6 +31,7 @@ class Group:
     Attributes:
         call: For the primitives.
         bare: Whether an item is a pool without BatchNorm.
+        inputs: For every item a call of its own over what it reads, as if that entered a node.
     """
 
     def __init__(self, plan: CellPlan, items: Iterable[Item]) -> None:
@@ -47,6 +48,7 @@ class Group:
             "half_eval": [item.input_norm for item in items],
             "bare": [number for number, bare in enumerate(self.bare) if bare],
         }
+        self.inputs = [Call((i._replace(slot=i.input),), plan.num_ops) for i in self.call.items]
         self._indices: dict[tuple[str, torch.device], Tensor] = {}
 
     def _or(self, instead: int, numbers: list[int]) -> list[int]:
