@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pdarts_fast.dropin.cell_plan import CellPlan, Place
-from pdarts_fast.dropin.context import Context, Modules, Stored
-from pdarts_fast.dropin.passes import CellForward
-from pdarts_fast.dropin.passes_backward import CellBackward
-from pdarts_fast.dropin.tables import Tables, layout, tables
+from pdarts_fast.cells.context import Context, Stored
+from pdarts_fast.cells.passes import CellForward
+from pdarts_fast.cells.passes_backward import CellBackward
+from pdarts_fast.cells.plan import CellPlan, Place
+from pdarts_fast.cells.tables import Tables, layout, tables
+from pdarts_fast.dropin.modules import Modules
 from pdarts_fast.kernels import backends, moments
 from pdarts_fast.kernels.cell import backend_named
 from pdarts_fast.kernels.cell_pass import state_size

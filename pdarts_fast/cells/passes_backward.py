@@ -1,4 +1,4 @@
-"""Backward pass of a recognised cell; see ``passes``."""
+"""Backward pass of a cell; see ``passes``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pdarts_fast.dropin.context import ExtraRun
-from pdarts_fast.dropin.passes import CellPass
-from pdarts_fast.dropin.tables import Group
+from pdarts_fast.cells.context import ExtraRun
+from pdarts_fast.cells.passes import CellPass
+from pdarts_fast.cells.tables import Group
 from pdarts_fast.kernels import moments
 
 

@@ -1,4 +1,4 @@
-"""The primitive calls of a recognised cell: ``kernels.calls`` for a ``CellPlan``.
+"""The primitive calls of a cell: ``kernels.calls`` for a ``CellPlan``.
 
 Operations behind an active dropout or drop-path have arrays of their own: forward, a masked copy
 of the state (of the output before BatchNorm); backward, a masked copy of the node's gradient. The
@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from pdarts_fast.dropin.cell_plan import CellPlan, Place, place_of
+from pdarts_fast.cells.plan import CellPlan, Place, place_of
 from pdarts_fast.kernels import plan as plans
 from pdarts_fast.kernels.calls import Call, Item
 from pdarts_fast.kernels.plan import Branch

@@ -1,4 +1,4 @@
-"""Forward pass of a recognised cell over the primitives of any backend.
+"""Forward pass of a cell over the primitives of any backend.
 
 As ``kernels.cell_forward``, and beyond it:
 
@@ -15,9 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pdarts_fast.dropin.cell_plan import Extra, Place, place_of
-from pdarts_fast.dropin.context import Context, ExtraRun, Stored
-from pdarts_fast.dropin.tables import Group, Tables
+from pdarts_fast.cells.context import Context, ExtraRun, Stored
+from pdarts_fast.cells.plan import Extra, Place, place_of
+from pdarts_fast.cells.tables import Group, Tables
 from pdarts_fast.kernels import moments
 from pdarts_fast.kernels.interface import Arrays, Backend
 
