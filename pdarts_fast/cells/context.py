@@ -44,6 +44,7 @@ class Context:
         masks: Factors 0 or ``1 / (1 - p)``: ``[N, H, W, C]`` of a skip dropout, ``[N, 1, 1, 1]``
             of a drop-path, by place.
         extras: Custom operations by node.
+        drawn: Whether ``masks`` already holds those of the drop-path.
     """
 
     plan: CellPlan
@@ -57,6 +58,7 @@ class Context:
     record: bool
     masks: dict[Place, Tensor] = field(default_factory=dict)
     extras: dict[int, ExtraRun] = field(default_factory=dict)
+    drawn: bool = False
 
     @contextmanager
     def caller_modes(self) -> Iterator[None]:
@@ -79,8 +81,7 @@ class Stored:
         states: Both after preprocessing, ``[N, H, W, C]``.
         raw: The same before BatchNorm where that has scale and shift; else empty.
         nodes: ``[N, H, W, steps * C]``, node after node.
-        slots: Outputs before BatchNorm, ``[slots, N, H, W, C]``; masked copies follow in a
-            forward pass.
+        slots: Outputs before BatchNorm, ``[slots, N, H, W, C]``.
         norms: Scale and shift of plain BatchNorm, float64 ``[rows + 1, 2, C]``. Rows are slots
             and both inputs in training, ``plan.norms`` in evaluation; the last is 1 and 0.
         gains: gamma and beta of ``plan.norms``, float64 ``[norms + 1, 2, C]``, the last 1 and 0;

@@ -166,6 +166,8 @@ class CellBackward(CellPass):
         if extra is not None:
             incoming = extra if incoming is None else incoming + extra
         group, x = self.tables.gather[source], self.arrays.states[source]
+        if not len(group) and incoming is not None:
+            return incoming
         out = self.backend.empty(tuple(x.shape), x, x.dtype)
         alphas = group.index("alphas", self.context.device)
         coef = self.cast(self._coef.index_select(0, alphas))
