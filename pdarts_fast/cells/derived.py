@@ -34,7 +34,16 @@ class Names:
             reduction_prev=hasattr(inputs[0], "conv_1"),
         )
         self.plan = derived_plan.from_key(self.key)
-        self.masked = len(derived_plan.masked_places(self.plan))
+        # Every operation but an identity draws a mask, "none" too, which then has no use for it.
+        drawing = [
+            number
+            for number, (name, source) in enumerate(
+                zip(cell.operations, cell.sources, strict=True)
+            )
+            if name != "skip_connect" or (cell.reduction and source < derived_plan.NUM_INPUTS)
+        ]
+        self.draws = len(drawing)
+        self.used = [drawing.index(edge) for edge, _ in derived_plan.masked_places(self.plan)]
         self.convolutions: list[Any] = [
             cell.get_submodule(name.removesuffix(".weight")) for name in self.plan.weights
         ]
@@ -82,19 +91,19 @@ def fits(cell: nn.Module, s0: Tensor, s1: Tensor) -> bool:
     return pixels > 1 or not training
 
 
-def draw_masks(count: int, like: Tensor, drop_path: float) -> Tensor:
-    """Factors of drop-path, ``[count, N]``, as ``network.drop_path`` draws them one by one.
+def draw_masks(names: Names, like: Tensor, drop_path: float) -> Tensor:
+    """Factors of drop-path, ``[operations, N]``, as ``network.drop_path`` draws them one by one.
 
     Args:
-        count: Operations behind drop-path.
+        names: Of the cell.
         like: The images, for their number, dtype and device.
-        drop_path: Probability that an operation is dropped for an image.
+        drop_path: Probability that an operation is dropped for an image; 0 draws nothing.
     """
     keep, images = 1.0 - drop_path, like.shape[0]
-    rows = [like.new_empty((images, 1, 1, 1)).bernoulli_(keep) for _ in range(count)]
-    if not rows:
+    if drop_path == 0 or not names.used:
         return like.new_empty((0, images))
-    return torch.stack(rows).view(count, images) / keep
+    rows = [like.new_empty((images, 1, 1, 1)).bernoulli_(keep) for _ in range(names.draws)]
+    return torch.stack([rows[number] for number in names.used]).view(-1, images) / keep
 
 
 def run(cell: nn.Module, backend: str, s0: Tensor, s1: Tensor, drop_path: float) -> Tensor:
@@ -110,8 +119,7 @@ def run(cell: nn.Module, backend: str, s0: Tensor, s1: Tensor, drop_path: float)
         ``[N, multiplier * C, H_out, W_out]``, channels-last in memory.
     """
     names, training, dtype = _names(cell), cell.training, storage_dtype(s1)
-    count = names.masked if training and drop_path > 0 else 0
-    masks = draw_masks(count, s1.detach(), drop_path)
+    masks = draw_masks(names, s1.detach(), drop_path if training else 0.0)
     running = [b for norm in names.norms for b in (norm.running_mean, norm.running_var)]
     out, *_, stats, _ = torch.ops.pdarts_fast.derived_forward(
         s0,

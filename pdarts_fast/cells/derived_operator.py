@@ -64,7 +64,8 @@ def _empty_outputs(
     slots = empty((plan.num_slots, batch, *of_nodes, channels), s1, dtype)
     rows = (plan.num_slots + 2 if training else len(plan.norms)) + 1
     norms = s1.new_empty((rows, 2, channels), dtype=torch.float64)
-    stats = s1.new_empty((plan.num_slots + 2, 2, channels), dtype=torch.float64)
+    measured = plan.num_slots + 2 if training else 0
+    stats = s1.new_empty((measured, 2, channels), dtype=torch.float64)
     if arrays.whole_output(plan, channels):
         out, nodes = nodes.permute(0, 3, 1, 2), nodes.new_empty(0)
     else:
@@ -152,8 +153,10 @@ def derived_forward(
     )
     alphas = s1.new_ones((len(plan.sizes), 1), dtype=torch.float64)
     driver = CellForward(primitives, context, found, stored, shared, alphas)
-    driver.run()
-    outputs[10].copy_(driver.stats)
+    with torch.autocast(s1.device.type, enabled=False):
+        driver.run()
+    if training:
+        outputs[10].copy_(driver.stats)
     outputs[11].copy_(shared.weights.flat)
     if outputs[7].numel():
         arrays.write_output(plan, stored.nodes, outputs[0])
@@ -196,7 +199,8 @@ def derived_backward(
     driver = CellBackward(primitives, context, found, stored, shared, alphas)
     driver.parameters = []
     of_nodes = arrays.node_gradients(plan, grad, stored.nodes, primitives.empty)
-    inputs = driver.run(of_nodes, (wants[0], wants[1]), wants[2])
+    with torch.autocast(s1.device.type, enabled=False):
+        inputs = driver.run(of_nodes, (wants[0], wants[1]), wants[2])
     grads = [_as_image(x, s) for x, s in zip(inputs, (s0, s1), strict=True)]
     nothing = gains[0].new_empty(0)
     flat, of_gains = nothing, nothing.clone()
