@@ -64,6 +64,10 @@ class Layout:
             )
             self.shapes.append((rows, columns))
             self.padded.append((full, wide))
+        self._place()
+
+    def _place(self) -> None:
+        """Offsets and total length from the padded shapes."""
         sizes = [rows * columns for rows, columns in self.padded]
         self.offsets = [sum(sizes[:i]) for i in range(len(sizes))]
         self.total = sum(sizes)

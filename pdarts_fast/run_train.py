@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from pdarts_fast import config as search_config
+from pdarts_fast.cells import choice
 from pdarts_fast.config import SearchConfig
 from pdarts_fast.cost import network_cost
 from pdarts_fast.errors import RunError, UsageError
@@ -56,6 +57,7 @@ def run_train(config: TrainConfig) -> Path:
     """
     config = validate(config)
     device = pick_device(config.device, config.amp)
+    choice.resolve(config.backend, device.type)
     assert config.genotype is not None
     genotype = load_genotype(config.genotype)
     if config.tensorboard:
@@ -136,7 +138,7 @@ def _description(
         config,
         command_line(config, config.preset, base),
         data.facts,
-        hardware(device, "torch"),
+        hardware(device, choice.resolve(config.backend, device.type)),
     ) | {"network": dataclasses.asdict(cost)}
 
 
@@ -167,7 +169,17 @@ def then_train(config: SearchConfig, run_dir: Path) -> TrainConfig:
     """
     recipe = preset(config.preset)
     path = run_dir / "train"
-    same = ("data", "download", "checksum", "seed", "device", "amp", "threads", "workers")
+    same = (
+        "data",
+        "download",
+        "checksum",
+        "seed",
+        "backend",
+        "device",
+        "amp",
+        "threads",
+        "workers",
+    )
     shared: dict[str, Any] = {name: getattr(config, name) for name in (*same, "skip_broken")}
     if config.image_size != search_config.preset(config.preset).image_size:
         shared["image_size"] = config.image_size

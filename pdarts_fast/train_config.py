@@ -20,6 +20,7 @@ PresetName = Literal["cifar10", "cifar100", "imagenet", "imagenet-256", "demo"]
 DatasetName = Literal["digits", "cifar10", "cifar100", "image-folder", "imagenet"]
 LoaderName = Literal["auto", "resident", "torchvision"]
 NetworkName = Literal["cifar", "imagenet"]
+BackendName = Literal["auto", "reference", "cpu", "triton"]
 
 # Larger batches start with a warm-up of the learning rate. Source: arXiv 1904.12760, section 4.3.
 WARMUP_BATCH_SIZE = 256
@@ -47,6 +48,7 @@ class TrainConfig(Settings):
             "run_dir",
             "resume",
             "overwrite",
+            "backend",
             "device",
             "threads",
             "workers",
@@ -87,6 +89,8 @@ class TrainConfig(Settings):
     """Replace what an earlier run wrote in --run-dir."""
     seed: int = 0
     """Seed of weights, data order, augmentation and drop-path."""
+    backend: BackendName = "auto"
+    """How cells run; auto takes kernels where they are faster, reference torch's modules."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     amp: bool = False
@@ -215,6 +219,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "dataset": ("digits", "cifar10", "cifar100", "image-folder", "imagenet"),
     "loader": ("auto", "resident", "torchvision"),
     "network": ("cifar", "imagenet"),
+    "backend": ("auto", "reference", "cpu", "triton"),
     "lr_schedule": ("cosine", "linear"),
 }
 

@@ -91,9 +91,7 @@ def test_state_dict_has_the_stock_names_and_shapes(golden: Any, data: str) -> No
 
 @pytest.mark.parametrize("cells", ["modules", "operators"])
 @BOTH
-def test_both_logits_loss_every_gradient_and_evaluation(
-    golden: Any, data: str, cells: str
-) -> None:
+def test_both_logits_loss_every_gradient_and_evaluation(golden: Any, data: str, cells: str) -> None:
     file = golden(data)
     network = file.network()
     if cells == "operators":

@@ -37,9 +37,7 @@ class Names:
         # Every operation but an identity draws a mask, "none" too, which then has no use for it.
         drawing = [
             number
-            for number, (name, source) in enumerate(
-                zip(cell.operations, cell.sources, strict=True)
-            )
+            for number, (name, source) in enumerate(zip(cell.operations, cell.sources, strict=True))
             if name != "skip_connect" or (cell.reduction and source < derived_plan.NUM_INPUTS)
         ]
         self.draws = len(drawing)
