@@ -13,6 +13,7 @@ from pdarts_fast.kernels import backends
 _MEASURED = ("cpu",)
 
 
+@torch.compiler.assume_constant_result
 def resolve(name: str, device_type: str) -> str:
     """The backend of the cells on a device; logs it once.
 
