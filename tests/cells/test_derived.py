@@ -296,6 +296,26 @@ def test_what_the_kernels_lack_runs_on_its_modules(
     assert fused_cells(network("auto").double(), batch.double(), monkeypatch) == 0
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "training", "amp", "fused"),
+    [(40, True, False, 3), (40, True, True, 0), (2, True, False, 0), (40, False, False, 1)],
+    ids=["training", "bfloat16", "small", "evaluation"],
+)
+def test_auto_takes_what_was_measured_to_be_faster(
+    compiled_cpu: str,
+    monkeypatch: pytest.MonkeyPatch,
+    batch_size: int,
+    training: bool,
+    amp: bool,
+    fused: int,
+) -> None:
+    torch.manual_seed(0)
+    made = NetworkCIFAR(32, 10, 3, False, PDARTS).train(training)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp), torch.no_grad():
+        # Nodes have 327,680 elements for 40 images, then half and a quarter of that.
+        assert fused_cells(made, torch.randn(batch_size, 3, 16, 16), monkeypatch) == fused
+
+
 def test_a_single_value_a_channel_is_refused_as_torch_does(compiled_cpu: str) -> None:
     made = network("cpu")
     with pytest.raises(ValueError, match="more than 1 value per channel"):
