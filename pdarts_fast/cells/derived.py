@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from pdarts_fast.cells import (
     derived_operator,  # noqa: F401  (defines the operators)
     derived_plan,
 )
+from pdarts_fast.kernels import moments
 from pdarts_fast.kernels.plan import FACTORIZED
 
 
@@ -46,12 +48,32 @@ class Names:
             cell.get_submodule(name.removesuffix(".weight")) for name in self.plan.weights
         ]
         self.norms: list[Any] = [cell.get_submodule(name) for name in self.plan.norms]
+        paths = [name.removesuffix(".weight") for name in (*self.plan.weights, *self.plan.norms)]
+        self._links = list(dict.fromkeys(link for path in paths for link in _links(cell, path)))
+        # Somebody may have put other modules in their places, SyncBatchNorm for one.
+        self.are_stock = all(type(norm) is nn.BatchNorm2d for norm in self.norms) and all(
+            type(module) is nn.Conv2d and module.bias is None for module in self.convolutions
+        )
+
+    def hold(self) -> bool:
+        """Whether the cell still consists of these modules."""
+        return all(parent._modules.get(name) is child for parent, name, child in self._links)
+
+
+def _links(cell: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Parent, name and child of every step of a path."""
+    parent = cell
+    for name in path.split("."):
+        child = parent._modules[name]
+        assert child is not None
+        yield parent, name, child
+        parent = child
 
 
 def _names(cell: nn.Module) -> Names:
     found = cell.__dict__.get("fused_names")
     # A replica of nn.DataParallel shares the attributes of the original, not its parameters.
-    if found is None or getattr(cell, "_is_replica", False):
+    if found is None or getattr(cell, "_is_replica", False) or not found.hold():
         found = cell.__dict__["fused_names"] = Names(cell)
     return found
 
@@ -66,11 +88,13 @@ def storage_dtype(x: Tensor) -> torch.dtype:
 def fits(cell: nn.Module, s0: Tensor, s1: Tensor) -> bool:
     """Whether the kernels compute what the modules of a cell compute for these inputs.
 
-    They do not where a BatchNorm is in another mode than the cell, and where torch would refuse
-    the inputs in words of its own.
+    They do not where modules were replaced, where a BatchNorm is in another mode than the cell,
+    and where torch would refuse the inputs in words of its own.
     """
     names, training = _names(cell), cell.training
     plan = names.plan
+    if not names.are_stock:
+        return False
     if s0.dim() != 4 or s1.dim() != 4 or s0.shape[0] != s1.shape[0] or not s1.numel():
         return False
     if (s0.shape[1], s1.shape[1]) != plan.in_channels:
@@ -81,7 +105,7 @@ def fits(cell: nn.Module, s0: Tensor, s1: Tensor) -> bool:
         for large, small in zip(s0.shape[2:], s1.shape[2:], strict=True)
     ):
         return False
-    if any(norm.training is not training for norm in names.norms):
+    if any(n.training is not training or n.momentum != moments.MOMENTUM for n in names.norms):
         return False
     # BatchNorm refuses a single value a channel.
     divisor = 2 if plan.reduction else 1

@@ -289,10 +289,15 @@ def test_what_the_kernels_lack_runs_on_its_modules(
     # Its reductions, two of three cells, have 7×7 convolutions.
     assert fused_cells(network("cpu", NAMED["NASNet"]), batch, monkeypatch) == 1
     frozen = network("cpu")
+    assert fused_cells(frozen, batch, monkeypatch) == 3
     for module in frozen.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
     assert fused_cells(frozen, batch, monkeypatch) == 0
+    replaced = network("cpu").eval()
+    assert fused_cells(replaced, batch, monkeypatch) == 3
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(replaced)
+    assert fused_cells(synced.eval(), batch, monkeypatch) == 0
     assert fused_cells(network("auto").double(), batch.double(), monkeypatch) == 0
 
 
