@@ -14,7 +14,7 @@ _MEASURED = ("cpu",)
 
 # Elements of a node, N * H * W * C, from which a fused cell was faster than its modules, in
 # training and in evaluation. One thread with AVX-512, float32, PDARTS cells: training 1.5 times at
-# 49,152 and about even at 36,864; evaluation even at 49,152, 1.24 times at 196,608. Below, what
+# 49,152 and 0.94 times at 36,864; evaluation even at 49,152, 1.24 times at 196,608. Below, what
 # Python does between the kernels outweighs them. ``benchmarks/test_derived.py`` measures both.
 _LEAST_ELEMENTS = {True: 40_000, False: 180_000}
 
