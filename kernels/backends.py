@@ -89,7 +89,7 @@ def check(name: str) -> None:
 
 
 def _log_choice(chosen: str, device_type: str, why: str) -> None:
-    line = f"backend {chosen} runs the search cells on {device_type}: {why}"
+    line = f"backend {chosen} runs the cells on {device_type}: {why}"
     if line not in _logged:
         _logged.add(line)
         logger.info(line)

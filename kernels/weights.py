@@ -64,6 +64,10 @@ class Layout:
             )
             self.shapes.append((rows, columns))
             self.padded.append((full, wide))
+        self._place()
+
+    def _place(self) -> None:
+        """Offsets and total length from the padded shapes."""
         sizes = [rows * columns for rows, columns in self.padded]
         self.offsets = [sum(sizes[:i]) for i in range(len(sizes))]
         self.total = sum(sizes)
@@ -81,7 +85,7 @@ class Weights:
 
     Args:
         where: The layout.
-        parameters: In the order of ``Plan.weights``.
+        parameters: In the order of ``Plan.weights``; or ``flat`` of an earlier pass.
         dtype: Of the arithmetic.
         want_gradients: Whether to make room for gradients.
 
@@ -94,11 +98,21 @@ class Weights:
     def __init__(
         self,
         where: Layout,
-        parameters: Sequence[Tensor],
+        parameters: Sequence[Tensor] | Tensor,
         dtype: torch.dtype,
         want_gradients: bool,
     ) -> None:
         self.layout = where
+        self.flat = (
+            parameters
+            if isinstance(parameters, Tensor)
+            else self._packed(where, parameters).to(dtype)
+        )
+        self.grad = torch.zeros_like(self.flat) if want_gradients else None
+
+    @staticmethod
+    def _packed(where: Layout, parameters: Sequence[Tensor]) -> Tensor:
+        """All parameters with padding, one after the other."""
         rows: list[Tensor] = [parameter.detach() for parameter in parameters]
         if not where.is_plain:
             rows = [
@@ -108,8 +122,7 @@ class Weights:
                 )
                 for row, shape, padded in zip(rows, where.shapes, where.padded, strict=True)
             ]
-        self.flat = torch.cat([row.reshape(-1) for row in rows]).to(dtype)
-        self.grad = torch.zeros_like(self.flat) if want_gradients else None
+        return torch.cat([row.reshape(-1) for row in rows])
 
     def matrix(self, index: int) -> Tensor:
         """Weight ``index`` as ``[rows, columns]``: a view."""

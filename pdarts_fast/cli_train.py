@@ -12,7 +12,7 @@ import tyro
 
 from pdarts_fast.flags import parse, run_defaults
 from pdarts_fast.genotype import GENOTYPE_FILE
-from pdarts_fast.train_config import DatasetName, LoaderName, TrainConfig, preset
+from pdarts_fast.train_config import BackendName, DatasetName, LoaderName, TrainConfig, preset
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -61,6 +61,8 @@ class EvaluateCommand:
     """Batch sizes whose latency and throughput are measured."""
     speed: bool = True
     """Measure latency and throughput."""
+    backend: BackendName | None = None
+    """How cells run: auto, reference, cpu or triton (default: as in the training, else auto)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     amp: bool = False

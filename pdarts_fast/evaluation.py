@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
+from pdarts_fast.cells import choice
 from pdarts_fast.cost import Cost, network_cost
 from pdarts_fast.errors import RunError, UsageError
 from pdarts_fast.genotype import load_genotype
@@ -103,6 +104,7 @@ class Evaluation:
         scores: Accuracy on the test images; None if no data was given.
         classes: Class names, empty without data.
         speeds: Latency and throughput, one a batch size.
+        backend: What ran the cells.
     """
 
     trained: Trained
@@ -112,6 +114,7 @@ class Evaluation:
     scores: Scores | None
     classes: list[str]
     speeds: list[Speed]
+    backend: str
 
 
 def run_evaluate(
@@ -149,13 +152,15 @@ def run_evaluate(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     network = trained.network.to(device)
+    backend = choice.resolve(config.backend, device.type)
+    network.use_backend(config.backend)
     scores, classes = _scores(trained, config, device)
     speeds = [
         measure_speed(network, config.image_size, size, device, config.amp)
         for size in (speed_batch_sizes if speed else ())
     ]
     cost = network_cost(network, config.image_size)
-    found = Evaluation(trained, config, config.image_size, cost, scores, classes, speeds)
+    found = Evaluation(trained, config, config.image_size, cost, scores, classes, speeds, backend)
     _print(found, device)
     if out is not None:
         write_json(out, to_json(found, device))
@@ -244,7 +249,7 @@ def to_json(found: Evaluation, device: torch.device) -> dict[str, Any]:
         },
         "speed": [dataclasses.asdict(speed) for speed in found.speeds],
         "amp": found.config.amp,
-        "hardware": hardware(device, "torch"),
+        "hardware": hardware(device, found.backend),
         "versions": versions(),
     }
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pdarts_fast.errors import RunError, UsageError
 from pdarts_fast.evaluation import image_size_of
 from pdarts_fast.genotype import load_genotype
+from pdarts_fast.kernels import backends
 from pdarts_fast.run.files import disk_errors, write_atomically
 from pdarts_fast.trained import Trained, load_trained
 
@@ -81,6 +82,8 @@ def run_export(
     base = out or (source if source.is_dir() else source.parent) / "network"
     with disk_errors(base):
         base.parent.mkdir(parents=True, exist_ok=True)
+    # Other software has no kernels of ours.
+    trained.network.use_backend(backends.REFERENCE)
     network = Logits(trained.network).eval()
     metadata = json.dumps(_metadata(trained, side))
     paths = []

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from pdarts_fast import config as search_config
 from pdarts_fast.capture.cuda import check_cuda_graphs
+from pdarts_fast.cells import choice
 from pdarts_fast.config import SearchConfig
 from pdarts_fast.cost import network_cost
 from pdarts_fast.distributed import Ranks, joined
@@ -82,6 +83,7 @@ def _check(config: TrainConfig, path: Path, ranks: Ranks) -> torch.device:
     check_batch_size(config.batch_size, ranks.size)
     device = pick_device(config.device, ranks.launch)
     check_cuda_graphs(device, config.cuda_graphs, ranks.backend(device))
+    choice.resolve(config.backend, device.type)
     if config.tensorboard:
         require_tensorboard()
     if config.threads is not None:
@@ -187,7 +189,7 @@ def _description(
         config,
         command_line(config, config.preset, base),
         data.facts,
-        hardware(device, "torch", ranks.size),
+        hardware(device, choice.resolve(config.backend, device.type), ranks.size),
     ) | {"network": dataclasses.asdict(cost)}
 
 
@@ -219,7 +221,17 @@ def then_train(config: SearchConfig, run_dir: Path) -> TrainConfig:
     """
     recipe = preset(config.preset)
     path = run_dir / "train"
-    same = ("data", "download", "checksum", "seed", "device", "amp", "threads", "workers")
+    same = (
+        "data",
+        "download",
+        "checksum",
+        "seed",
+        "backend",
+        "device",
+        "amp",
+        "threads",
+        "workers",
+    )
     more = ("skip_broken", "cuda_graphs")
     shared: dict[str, Any] = {name: getattr(config, name) for name in (*same, *more)}
     if config.dataset not in FOLDERS:

@@ -21,6 +21,7 @@ from pdarts_fast.settings import LoaderName as LoaderName
 PresetName = Literal["cifar10", "cifar100", "imagenet", "imagenet-256", "demo"]
 DatasetName = Literal["digits", "cifar10", "cifar100", "image-folder", "imagenet"]
 NetworkName = Literal["cifar", "imagenet"]
+BackendName = Literal["auto", "reference", "cpu", "triton"]
 
 # Data sets that are folders of image files.
 FOLDERS = ("image-folder", "imagenet")
@@ -51,6 +52,7 @@ class TrainConfig(Settings):
             "run_dir",
             "resume",
             "overwrite",
+            "backend",
             "device",
             "cuda_graphs",
             "threads",
@@ -94,6 +96,8 @@ class TrainConfig(Settings):
     """Replace what an earlier run wrote in --run-dir."""
     seed: int = 0
     """Seed of weights, data order, augmentation and drop-path."""
+    backend: BackendName = "auto"
+    """How cells run; auto takes kernels where they are faster, reference torch's modules."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     amp: bool = False
@@ -225,6 +229,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "dataset": ("digits", "cifar10", "cifar100", "image-folder", "imagenet"),
     "loader": LOADERS,
     "network": ("cifar", "imagenet"),
+    "backend": ("auto", "reference", "cpu", "triton"),
     "lr_schedule": ("cosine", "linear"),
 }
 

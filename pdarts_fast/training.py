@@ -167,6 +167,7 @@ class Training:
         torch.manual_seed(config.seed)
         network = self.spec.build().to(self.device)
         network.train()
+        network.use_backend(config.backend)
         step = TrainStep(network, config, self.device)
         if self._saved is not None:
             step.load_state_dict(self._saved["training"])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pdarts_fast.errors import UsageError
 from pdarts_fast.genotype import NAMED, PDARTS
+from pdarts_fast.kernels import backends
 from pdarts_fast.network import Cell, NetworkCIFAR, NetworkImageNet, drop_path
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,10 +89,17 @@ def test_state_dict_has_the_stock_names_and_shapes(golden: Any, data: str) -> No
     assert got == want
 
 
+@pytest.mark.parametrize("cells", ["modules", "operators"])
 @BOTH
-def test_both_logits_loss_every_gradient_and_evaluation(golden: Any, data: str) -> None:
+def test_both_logits_loss_every_gradient_and_evaluation(golden: Any, data: str, cells: str) -> None:
     file = golden(data)
     network = file.network()
+    if cells == "operators":
+        # float64 passes of fused cells go through the primitives of the reference.
+        found = backends.available()["cpu"]
+        if not found.usable:
+            pytest.skip(found.reason)
+        network.use_backend("cpu")
     x, y = file.tensors["x"], file.tensors["y"]
     logits, logits_aux = network(x)
     assert_matches(logits, file.tensors["logits"], "logits")

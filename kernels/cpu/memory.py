@@ -16,6 +16,10 @@ from torch import Tensor
 
 # Below this the C library's allocator reuses memory by itself.
 _SMALLEST = 1 << 18
+# Free blocks are kept while all blocks together stay below this many times what was ever in use:
+# a backward pass frees what its forward pass holds and asks for few sizes of its own, so most
+# of what is free half-way through a step is wanted again in the next one.
+_SPARE = 1.5
 # Blocks are multiples of a huge page, so that the kernel can back them with huge pages.
 _GRANULE = 1 << 21
 
@@ -33,20 +37,27 @@ class Pool:
         self._blocks: defaultdict[int, deque[mmap.mmap]] = defaultdict(deque)
         self.in_use = 0
         self.free = 0
+        self._peak = 0
 
     def _take(self, size: int) -> mmap.mmap:
         try:
             block = self._blocks[size].pop()
             self.free -= size
         except IndexError:
-            if self.free > self.in_use:
-                # Sizes have changed, as they do from stage to stage: what waits is stale.
+            if self._is_stale(size):
                 self.clear()
             block = mmap.mmap(-1, size)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 block.madvise(mmap.MADV_HUGEPAGE)
         self.in_use += size
+        self._peak = max(self._peak, self.in_use)
         return block
+
+    def _is_stale(self, size: int) -> bool:
+        """Whether sizes have changed, as they do from stage to stage, so that none wait in vain."""
+        if self.in_use == 0:
+            return self.free > 0
+        return self.in_use + self.free + size > _SPARE * self._peak
 
     def _give_back(self, size: int, block: mmap.mmap) -> None:
         self.in_use -= size
@@ -57,6 +68,7 @@ class Pool:
         """Hands every free block back to the system."""
         self._blocks.clear()
         self.free = 0
+        self._peak = self.in_use
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised contiguous tensor in main memory."""

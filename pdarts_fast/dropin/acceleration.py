@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pdarts_fast.dropin import fused, probe, swap
-from pdarts_fast.dropin.context import Modules
+from pdarts_fast.dropin.modules import Modules
 from pdarts_fast.dropin.recognise import NotRecognised, Recipe, describe, find_cells, recognise
 from pdarts_fast.dropin.reporting import Report, say_once
 from pdarts_fast.dropin.watch import Watch, signature

@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pdarts_fast.dropin.cell_plan import CellPlan, Place
-from pdarts_fast.dropin.context import Context, Modules, Stored
-from pdarts_fast.dropin.passes import CellForward
-from pdarts_fast.dropin.passes_backward import CellBackward
-from pdarts_fast.dropin.tables import Tables, layout, tables
-from pdarts_fast.kernels import backends, moments
+from pdarts_fast.cells import arrays
+from pdarts_fast.cells.context import Context, Stored
+from pdarts_fast.cells.passes import CellForward
+from pdarts_fast.cells.passes_backward import CellBackward
+from pdarts_fast.cells.plan import CellPlan, Place
+from pdarts_fast.cells.tables import Tables, tables
+from pdarts_fast.dropin.modules import Modules
+from pdarts_fast.kernels import backends
 from pdarts_fast.kernels.cell import backend_named
-from pdarts_fast.kernels.cell_pass import state_size
 from pdarts_fast.kernels.interface import Arrays, Backend
 from pdarts_fast.kernels.weights import Weights
 
@@ -49,122 +49,58 @@ class _Call:
         parts = list(tensors)
         return parts[:first], parts[first : first + second], parts[first + second :]
 
+    @property
+    def affine(self) -> list[bool]:
+        """Which norms of the plan have a scale and a shift."""
+        return [norm.weight is not None for norm in self.modules.norms]
+
     def arrays(self, stored: Stored, weights: Sequence[Tensor], want_gradients: bool) -> Arrays:
         """What the primitives work on."""
-        depths = (stored.inputs[0].shape[-1], stored.inputs[1].shape[-1])
-        where = layout(self.plan, stored.slots.shape[-1], depths)
-        dtype = self.backend.coefficient_dtype(stored.slots.dtype)
-        states = [*stored.states, *stored.nodes.chunk(self.plan.steps, dim=-1)]
-        # Masked copies take their places during the forward pass.
-        states += [states[0]] * len(self.tables.states)
-        return Arrays(
-            y=stored.slots,
-            states=states,
-            weights=Weights(where, weights, dtype, want_gradients),
-            rate=stored.norms.new_zeros(1, dtype=torch.float32),
-            state=stored.norms.new_zeros(2, dtype=torch.int64),
-            channels=self.plan.channels,
-            training=False,
-            grads=[],
+        return arrays.primitives_arrays(
+            self.plan, self.tables, self.backend, stored, weights, want_gradients=want_gradients
         )
 
-    def gains(self, tensors: list[Tensor], channels: int) -> Tensor | None:
-        """``Stored.gains``."""
-        if not self.plan.affine:
-            return None
-        device = self.context.device
-        shape = (len(self.plan.norms) + 1, 2, channels)
-        gains = torch.zeros(shape, dtype=torch.float64, device=device)
-        gains[:, 0] = 1
-        rest = iter(tensors)
-        for i, norm in enumerate(self.modules.norms):
-            if norm.weight is not None:
-                for row in gains[i]:
-                    row[: self.plan.channels] = next(rest).detach()
-        return gains
-
-
-def _rows(x: Tensor, dtype: torch.dtype, channels: int) -> Tensor:
-    """``[N, C, H, W]`` as contiguous ``[N, H, W, channels]``; no copy if it already is."""
-    rows = x.detach().to(dtype).permute(0, 2, 3, 1)
-    missing = channels - x.shape[1]
-    return F.pad(rows, (0, missing)) if missing else rows.contiguous()
-
-
-def _norms(call: _Call, channels: int) -> Tensor:
-    """``Stored.norms``, filled in evaluation."""
-    plan, training = call.plan, call.context.training
-    rows = plan.num_slots + 2 if training else len(plan.norms)
-    norms = torch.zeros((rows + 1, 2, channels), dtype=torch.float64, device=call.context.device)
-    if not training:
-        for i, norm in enumerate(call.modules.norms):
-            norms[i, 0, : plan.channels] = norm.running_mean
-            norms[i, 1, : plan.channels] = norm.running_var
-        norms.copy_(moments.normalisation(norms))
-    norms[-1, 0], norms[-1, 1] = 1, 0
-    return norms
+    def running(self) -> list[Tensor]:
+        """Running mean and variance of every norm."""
+        return [b for norm in self.modules.norms for b in (norm.running_mean, norm.running_var)]
 
 
 def _allocate(call: _Call, s0: Tensor, s1: Tensor, gains: list[Tensor]) -> Stored:
     plan, backend, dtype = call.plan, call.backend, call.dtype
     channels = backend.channels(plan.channels)
-    depths = [channels if plan.outside else backend.channels(c) for c in plan.in_channels]
-    inputs = [_rows(s, dtype, depth) for s, depth in zip((s0, s1), depths, strict=True)]
+    inputs = [
+        arrays.rows(s, dtype, depth)
+        for s, depth in zip((s0, s1), arrays.depths(plan, backend), strict=True)
+    ]
     batch = s1.shape[0]
 
     def empty(*shape: int) -> Tensor:
         return backend.empty(shape, s1, dtype)
 
+    *of_states, of_nodes = arrays.sizes(plan, s0, s1)
     states = inputs
     if not plan.outside:
-        sizes = [state_size(plan, which, *x.shape[1:3]) for which, x in enumerate(inputs)]
-        states = [empty(batch, *size, channels) for size in sizes]
-    divisor = 2 if plan.reduction else 1
-    height, width = (-(-side // divisor) for side in states[1].shape[1:3])
-    slots = plan.num_slots + len(call.tables.slots)
+        states = [empty(batch, *size, channels) for size in of_states]
+    norms = (
+        arrays.batch_norms(plan, channels, s1.device)
+        if call.context.training
+        else arrays.running_norms(plan, call.running(), channels)
+    )
     return Stored(
         inputs,
         states,
         [torch.empty_like(s) for s in states] if plan.affine and not plan.outside else [],
-        empty(batch, height, width, plan.steps * channels),
-        empty(slots, batch, height, width, channels),
-        _norms(call, channels),
-        call.gains(gains, channels),
+        empty(batch, *of_nodes, plan.steps * channels),
+        empty(plan.num_slots, batch, *of_nodes, channels),
+        norms,
+        arrays.gains(plan, call.affine, gains, channels),
     )
 
 
-def _output(plan: CellPlan, nodes: Tensor) -> Tensor:
-    """The nodes of the output, ``[N, concat * C, H, W]``; shares memory where it can."""
-    by_node = nodes.unflatten(-1, (plan.steps, -1))
-    if plan.all_nodes and by_node.shape[-1] == plan.channels:
-        return nodes.permute(0, 3, 1, 2)
-    kept = by_node[..., list(plan.concat), : plan.channels]
-    return kept.flatten(-2).permute(0, 3, 1, 2)
-
-
-def _node_gradients(plan: CellPlan, grad: Tensor, nodes: Tensor) -> Tensor:
-    """Gradient of the output as one of all nodes, ``[N, H, W, steps * C]``."""
-    rows = grad.to(nodes.dtype).permute(0, 2, 3, 1)
-    channels = nodes.shape[-1] // plan.steps
-    if plan.all_nodes and channels == plan.channels:
-        return rows.contiguous()
-    full = rows.new_zeros(*rows.shape[:3], plan.steps, channels)
-    full[..., list(plan.concat), : plan.channels] = rows.unflatten(-1, (-1, plan.channels))
-    return full.flatten(-2)
-
-
 def _update_running(call: _Call, stored: Stored, stats: Tensor) -> None:
-    """Moves running statistics towards those of the batch, as BatchNorm does in training."""
-    plan, norms = call.plan, call.modules.norms
-    inner, outer = stored.nodes[..., 0].numel(), stored.states[1][..., 0].numel()
-    picked = stats[list(plan.norm_slots), :, : plan.channels]
-    for i, slot in enumerate(plan.norm_slots):
-        count = inner if slot < plan.num_slots else outer
-        picked[i, 1] = moments.unbiased(picked[i, 1], count)
-    running = [b for norm in norms for b in (norm.running_mean, norm.running_var)]
-    targets = picked.to(running[0].dtype).flatten(0, 1).unbind()
-    torch._foreach_lerp_(running, list(targets), moments.MOMENTUM)
-    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+    counts = stored.nodes[..., 0].numel(), stored.states[1][..., 0].numel()
+    batches = [norm.num_batches_tracked for norm in call.modules.norms]
+    arrays.update_running(call.plan, call.running(), batches, stats, counts)
 
 
 class _Cell(torch.autograd.Function):
@@ -177,12 +113,12 @@ class _Cell(torch.autograd.Function):
         weights, gains, _ = call.split(tensors)
         with torch.autocast(s1.device.type, enabled=False):
             stored = _allocate(call, s0, s1, gains)
-            arrays = call.arrays(stored, weights, want_gradients=False)
-            driver = CellForward(call.backend, call.context, call.tables, stored, arrays, alphas)
+            shared = call.arrays(stored, weights, want_gradients=False)
+            driver = CellForward(call.backend, call.context, call.tables, stored, shared, alphas)
             driver.run()
             if call.context.training:
                 _update_running(call, stored, driver.stats)
-            out = _output(call.plan, stored.nodes)
+            out = arrays.output(call.plan, stored.nodes, call.backend.empty)
         _save(ctx, call, stored, out, (s0, s1), alphas, tensors)
         return out
 
@@ -195,10 +131,10 @@ class _Cell(torch.autograd.Function):
         _, want0, want1, want_alphas, *wants = ctx.needs_input_grad
         want_weights = any(wants)
         context = replace(call.context, masks=masks)
-        arrays = call.arrays(stored, weights, want_weights)
-        driver = CellBackward(call.backend, context, call.tables, stored, arrays, alphas)
+        shared = call.arrays(stored, weights, want_weights)
+        driver = CellBackward(call.backend, context, call.tables, stored, shared, alphas)
         driver.parameters = parameters
-        rows = _node_gradients(call.plan, grad, stored.nodes)
+        rows = arrays.node_gradients(call.plan, grad, stored.nodes, call.backend.empty)
         inputs = driver.run(rows, (want0, want1), want_weights)
         grads: list[Tensor | None] = [
             x[..., :channels].permute(0, 3, 1, 2).to(dtype) if want and x is not None else None
@@ -207,7 +143,7 @@ class _Cell(torch.autograd.Function):
         of_alphas = driver.grad_alphas.view(alphas.shape).to(alphas.dtype)
         grads.append(of_alphas if want_alphas else None)
         if want_weights:
-            found = _tensor_gradients(call, driver, arrays.weights, weights, gains)
+            found = _tensor_gradients(call, driver, shared.weights, weights, gains)
             grads += [g if want else None for g, want in zip(found, wants, strict=True)]
         else:
             grads += [None] * len(tensors)

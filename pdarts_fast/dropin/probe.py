@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pdarts_fast.dropin import fused
-from pdarts_fast.dropin.context import Modules
+from pdarts_fast.dropin.modules import Modules
 from pdarts_fast.dropin.recognise import NotRecognised, Recipe
 from pdarts_fast.kernels.backends import REFERENCE
 from pdarts_fast.kernels.plan import FACTORIZED

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from pdarts_fast.dropin import cell_plan
-from pdarts_fast.dropin.cell_plan import CellPlan, Edge, join
+from pdarts_fast.cells import plan as cell_plan
+from pdarts_fast.cells.plan import CellPlan, Edge, join
 from pdarts_fast.dropin.stock_ops import CUSTOM, StockOp, recognise_input, recognise_op
 from pdarts_fast.kernels.plan import CONV, FACTORIZED, POINTWISE
 from pdarts_fast.search_space import NUM_INPUTS, edges, num_nodes

@@ -6,46 +6,20 @@ one of the known shapes is a *custom* operation, which is evaluated as it is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from pdarts_fast.cells.plan import CUSTOM, NOTHING, StockOp
 from pdarts_fast.dropin.watch import holds_only_data
 from pdarts_fast.kernels import moments
 from pdarts_fast.kernels.plan import AVG_POOL, CONV, FACTORIZED, MAX_POOL, POINTWISE, SKIP
 
-NOTHING = "nothing"
-CUSTOM = "custom"
 KERNELS = (3, 5)
 DILATIONS = (1, 2)
 # Side of the images that modules without layers are tried on.
 _TRIAL_SIDE = 4
-
-
-@dataclass(frozen=True)
-class StockOp:
-    """What an operation computes.
-
-    Attributes:
-        kind: A kind of ``kernels.plan``, ``NOTHING`` (zeros) or ``CUSTOM``.
-        stride: 1 or 2; 0 if it cannot be told (custom).
-        kernel, dilation: Of the depthwise convolutions.
-        channels: Input and output channels, None where any number will do.
-        convolutions: Paths of the convolutions, relative to the operation, in order of use.
-        norms: Paths of the BatchNorms in order of use; empty for a bare pool.
-        dropout: Path of the dropout behind a skip.
-    """
-
-    kind: int | str
-    stride: int = 0
-    kernel: int = 0
-    dilation: int = 1
-    channels: tuple[int, int] | None = None
-    convolutions: tuple[str, ...] = ()
-    norms: tuple[str, ...] = ()
-    dropout: str | None = None
 
 
 _CUSTOM = StockOp(CUSTOM)

@@ -1,4 +1,4 @@
-"""A plan for a cell of somebody else's program: ``kernels.plan`` with fewer assumptions.
+"""A plan for any cell: ``kernels.plan`` with fewer assumptions.
 
 Edges may have different numbers of operations in any order, operations that only their own module
 can compute (*extras*), pools without BatchNorm, BatchNorms with scale and shift, inputs that are
@@ -10,12 +10,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from pdarts_fast.dropin.stock_ops import CUSTOM, NOTHING, StockOp
 from pdarts_fast.kernels import plan as plans
 from pdarts_fast.kernels.plan import Branch, Plan
 
+NOTHING = "nothing"
+CUSTOM = "custom"
+
 Place = tuple[int, int]
 """Edge, and position among its operations."""
+
+
+@dataclass(frozen=True)
+class StockOp:
+    """What an operation computes.
+
+    Attributes:
+        kind: A kind of ``kernels.plan``, ``NOTHING`` (zeros) or
+            ``CUSTOM`` (computed by its own module).
+        stride: 1 or 2; 0 if it cannot be told (custom).
+        kernel, dilation: Of the depthwise convolutions.
+        channels: Input and output channels, None where any number will do.
+        convolutions: Paths of the convolutions, relative to the operation, in order of use.
+        norms: Paths of the BatchNorms in order of use; empty for a bare pool.
+        dropout: Path of the dropout behind a skip.
+    """
+
+    kind: int | str
+    stride: int = 0
+    kernel: int = 0
+    dilation: int = 1
+    channels: tuple[int, int] | None = None
+    convolutions: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
+    dropout: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +79,7 @@ def place_of(operation: Branch | Extra) -> Place:
 
 @dataclass(frozen=True, eq=False)
 class CellPlan(Plan):
-    """Plan of a recognised cell; compared and hashed by identity.
+    """Plan of a cell; compared and hashed by identity.
 
     Attributes:
         outside: Whether both inputs arrive preprocessed: by their own modules.

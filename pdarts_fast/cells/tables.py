@@ -1,8 +1,8 @@
-"""The primitive calls of a recognised cell: ``kernels.calls`` for a ``CellPlan``.
+"""The primitive calls of a cell: ``kernels.calls`` for a ``CellPlan``.
 
-Operations behind an active dropout or drop-path have arrays of their own: forward, a masked copy
-of the state (of the output before BatchNorm); backward, a masked copy of the node's gradient. The
-calls refer to these by numbers behind those of the usual states, slots and gradients.
+Operations behind an active dropout or drop-path have arrays of their own: a dropout a masked copy
+of the state, and both in the backward pass one of the node's gradient. The calls refer to these by
+numbers behind those of the usual states and gradients.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from pdarts_fast.dropin.cell_plan import CellPlan, Place, place_of
+from pdarts_fast.cells.plan import CellPlan, Place, place_of
 from pdarts_fast.kernels import plan as plans
 from pdarts_fast.kernels.calls import Call, Item
 from pdarts_fast.kernels.plan import Branch
@@ -31,6 +31,7 @@ class Group:
     Attributes:
         call: For the primitives.
         bare: Whether an item is a pool without BatchNorm.
+        inputs: For every item a call of its own over what it reads, as if that entered a node.
     """
 
     def __init__(self, plan: CellPlan, items: Iterable[Item]) -> None:
@@ -47,6 +48,7 @@ class Group:
             "half_eval": [item.input_norm for item in items],
             "bare": [number for number, bare in enumerate(self.bare) if bare],
         }
+        self.inputs = [Call((i._replace(slot=i.input),), plan.num_ops) for i in self.call.items]
         self._indices: dict[tuple[str, torch.device], Tensor] = {}
 
     def _or(self, instead: int, numbers: list[int]) -> list[int]:
@@ -91,14 +93,14 @@ class Tables:
         inputs: Preprocessing of input 0 and 1; empty if that happens outside.
         leave, second: By source: all that reads a state, and second halves.
         normed, skips: By node: what enters it, with and without BatchNorm.
-        mix: By node: the two together, over masked copies.
+        mix: By node: the two together, over masked copies of states; skips alone with a
+            drop-path.
         shared: By node: what enters it and sees the node's own gradient.
         masked: By node: what sees a gradient of its own.
         enter_second: As in ``CellCalls``.
         gather: By source: everything on the edges that leave it, skips last.
         num_halves: Separable convolutions in the cell.
         states: Number of the masked copy of a state, by place of a skip.
-        slots: Number of the masked copy of a stored output, by place.
     """
 
     inputs: tuple[Group, ...]
@@ -113,7 +115,6 @@ class Tables:
     gather: tuple[Group, ...]
     num_halves: int
     states: dict[Place, int]
-    slots: dict[Place, int]
 
 
 class _Builder:
@@ -124,9 +125,7 @@ class _Builder:
         }
         self.grads = {place_of(b): plan.steps + i for i, b in enumerate(masked)}
         skips = [place_of(b) for b in masked if b.kind == plans.SKIP]
-        others = [place_of(b) for b in masked if b.kind != plans.SKIP]
         self.states = {place: plan.steps + 2 + i for i, place in enumerate(skips)}
-        self.slots = {place: plan.num_slots + i for i, place in enumerate(others)}
 
     def first(self, branch: Branch) -> Item:
         """What reads the source state."""
@@ -174,8 +173,7 @@ class _Builder:
     def copied(self, branch: Branch) -> Item:
         """``last`` over the masked copy, if there is one."""
         item, place = self.last(branch), place_of(branch)
-        source = self.states.get(place, item.source)
-        return item._replace(source=source, slot=self.slots.get(place, item.slot))
+        return item._replace(source=self.states.get(place, item.source))
 
     def input(self, which: int) -> Group:
         """Preprocessing of an input."""
@@ -222,7 +220,10 @@ def tables(plan: CellPlan, masked_skips: frozenset[Place], drop_path: bool) -> T
         second=tuple(group(build.second(b) for b in bs if b.first >= 0) for bs in leaving),
         normed=tuple(group(build.last(b) for b in bs if b.kind != plans.SKIP) for bs in entering),
         skips=tuple(group(build.last(b) for b in bs if b.kind == plans.SKIP) for bs in entering),
-        mix=tuple(group(map(build.copied, bs)) for bs in entering),
+        mix=tuple(
+            group(build.copied(b) for b in bs if not drop_path or b.kind == plans.SKIP)
+            for bs in entering
+        ),
         shared=tuple(
             group(build.last(b) for b in bs if place_of(b) not in grads) for bs in entering
         ),
@@ -238,7 +239,6 @@ def tables(plan: CellPlan, masked_skips: frozenset[Place], drop_path: bool) -> T
         gather=tuple(group(map(build.first, _skips_last(bs))) for bs in leaving),
         num_halves=len(build.halves),
         states=build.states,
-        slots=build.slots,
     )
 
 

@@ -1,4 +1,4 @@
-"""Backward pass of a recognised cell; see ``passes``."""
+"""Backward pass of a cell; see ``passes``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pdarts_fast.dropin.context import ExtraRun
-from pdarts_fast.dropin.passes import CellPass
-from pdarts_fast.dropin.tables import Group
+from pdarts_fast.cells.context import ExtraRun
+from pdarts_fast.cells.passes import CellPass
+from pdarts_fast.cells.tables import Group
 from pdarts_fast.kernels import moments
 
 
@@ -151,11 +151,13 @@ class CellBackward(CellPass):
         """
         assert self.arrays.half_grads is not None
         products = torch.empty_like(norms[:, 0])
-        for i, item in enumerate(group.call.items):
-            y = self.stored.slots[item.input].double()
-            normalised = y * norms[i, 0] + norms[i, 1]
-            grad = self.arrays.half_grads[item.half].double()
-            products[i] = (grad * normalised).sum((0, 1, 2))
+        scale, shift = self.cast(norms[:, 0]), self.cast(norms[:, 1])
+        sums = norms.new_empty(2, norms.shape[-1])
+        for i, call in enumerate(group.inputs):
+            grad = self.arrays.half_grads[call.items[0].half]
+            row = slice(i, i + 1)
+            self.backend.reduce(call, self.arrays, grad, scale[row], shift[row], sums)
+            products[i] = sums[1]
         return products
 
     def _gather(self, source: int, incoming: Tensor | None) -> Tensor:
@@ -164,6 +166,8 @@ class CellBackward(CellPass):
         if extra is not None:
             incoming = extra if incoming is None else incoming + extra
         group, x = self.tables.gather[source], self.arrays.states[source]
+        if not len(group) and incoming is not None:
+            return incoming
         out = self.backend.empty(tuple(x.shape), x, x.dtype)
         alphas = group.index("alphas", self.context.device)
         coef = self.cast(self._coef.index_select(0, alphas))

@@ -1,4 +1,4 @@
-"""Forward pass of a recognised cell over the primitives of any backend.
+"""Forward pass of a cell over the primitives of any backend.
 
 As ``kernels.cell_forward``, and beyond it:
 
@@ -15,9 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pdarts_fast.dropin.cell_plan import Extra, Place, place_of
-from pdarts_fast.dropin.context import Context, ExtraRun, Stored
-from pdarts_fast.dropin.tables import Group, Tables
+from pdarts_fast.cells.context import Context, ExtraRun, Stored
+from pdarts_fast.cells.plan import Extra, Place, place_of
+from pdarts_fast.cells.tables import Group, Tables
 from pdarts_fast.kernels import moments
 from pdarts_fast.kernels.interface import Arrays, Backend
 
@@ -139,11 +139,12 @@ class CellForward(CellPass):
         if self.training:
             self.stats[row] = sums[0]
             self.stored.norms[row] = moments.normalisation(sums)[0]
-        if self.stored.raw:
-            state[which].copy_(y)
         norms = self.stored.norms[row : row + 1]
-        scale, shift = self.with_gains(norms, self.input_gain(which))
-        self.backend.affine_(state[which], self.cast(scale[0]), self.cast(shift[0]))
+        scale, shift = map(self.cast, self.with_gains(norms, self.input_gain(which)))
+        if self.stored.raw:
+            self.backend.mix(group.call, self.input_arrays(y), scale, shift[0], state[which])
+        else:
+            self.backend.affine_(state[which], scale[0], shift[0])
 
     def _leave(self, source: int) -> None:
         """Everything on the edges that leave a state, up to the last BatchNorm."""
@@ -163,29 +164,50 @@ class CellForward(CellPass):
     def _mix(self, node: int) -> None:
         self._draw(node)
         normed, skips = self.tables.normed[node], self.tables.skips[node]
+        dropped = self.context.drop_path > 0 and len(normed) > 0
         out = self.arrays.states[node + 2]
         total = self.stats.new_zeros(out.shape[-1])
-        scales = []
-        by_image: Tensor | None = None
+        scales, scale, shifts = [], total[None, :0], total[None]
         if len(normed):
             rows = normed.index("eval", self.context.device)
             scale, shift = self.with_gains(self.norms(normed), rows)
             factors = self.factors(normed)
-            scales.append(factors * scale)
-            shifts = factors * shift
-            if self.context.drop_path > 0:
-                by_image = self._mask_outputs(normed, shifts)
-            else:
-                total = shifts.sum(0)
+            scale, shifts = factors * scale, factors * shift
+            if not dropped:
+                scales, total = [scale], shifts.sum(0)
         if len(skips):
             scales.append(self.factors(skips).expand(-1, out.shape[-1]))
             self._mask_states(skips)
-        scale = torch.cat(scales) if scales else total[None, :0]
-        call = self.tables.mix[node].call
-        self.backend.mix(call, self.arrays, self.cast(scale), self.cast(total), out)
-        if by_image is not None:
-            out.add_(by_image.to(out.dtype))
+        if scales or not dropped:
+            call = self.tables.mix[node].call
+            both = torch.cat(scales) if scales else total[None, :0]
+            self.backend.mix(call, self.arrays, self.cast(both), self.cast(total), out)
+        if dropped:
+            self._add_dropped(normed, scale, shifts, out, bool(scales))
         self._add_extras(node, out)
+
+    def _add_dropped(
+        self, normed: Group, scale: Tensor, shift: Tensor, out: Tensor, add: bool
+    ) -> None:
+        """``out = mask * (scale * y + shift)``, summed over a node's operations behind drop-path.
+
+        Args:
+            scale, shift: float64 ``[n, C]``.
+            add: Whether to add to what ``out`` holds.
+        """
+        slots, wide = self.stored.slots, self.dtype
+        places = [(item.edge, item.op) for item in normed.call.items]
+        masks = torch.stack([self.context.masks[place].flatten() for place in places]).double()
+        scale = (masks[:, :, None] * scale[:, None]).to(wide)[:, :, None, None]
+        by_image = (masks.t() @ shift).to(wide)[:, None, None]
+        total = out.to(wide) + by_image if add else by_image
+        for item, factor in zip(normed.call.items[:-1], scale, strict=False):
+            total = torch.addcmul(total, slots[item.slot].to(wide), factor)
+        last = slots[normed.call.items[-1].slot].to(wide)
+        if out.dtype == wide:
+            torch.addcmul(total, last, scale[-1], out=out)
+        else:
+            out.copy_(torch.addcmul(total, last, scale[-1]))
 
     def _mask_states(self, skips: Group) -> None:
         """Copies of what skips read, behind their dropout."""
@@ -194,17 +216,6 @@ class CellForward(CellPass):
             if place in self.tables.states:
                 masked = self.arrays.states[item.source] * self.context.masks[place]
                 self.arrays.states[self.tables.states[place]] = masked
-
-    def _mask_outputs(self, normed: Group, shifts: Tensor) -> Tensor:
-        """Copies of outputs behind their drop-path; what their shifts add, ``[N, 1, 1, C]``."""
-        slots = self.stored.slots
-        by_image = shifts.new_zeros(slots.shape[1], 1, 1, slots.shape[-1])
-        for item, shift in zip(normed.call.items, shifts, strict=True):
-            place = (item.edge, item.op)
-            mask = self.context.masks[place]
-            torch.mul(slots[item.slot], mask, out=slots[self.tables.slots[place]])
-            by_image += mask * shift
-        return by_image
 
     def _add_extras(self, node: int, out: Tensor) -> None:
         run = self.context.extras.get(node)
@@ -219,7 +230,7 @@ class CellForward(CellPass):
         extras: dict[Place, Extra] = {place_of(e): e for e in self.plan.extras if e.node == node}
         skips = {(item.edge, item.op): item for item in self.tables.skips[node].call.items}
         dropped = [place for place in skips if place in context.rates]
-        if not extras and not dropped and not context.drop_path:
+        if not extras and not dropped and (context.drawn or not context.drop_path):
             return
         weights = self.alphas.to(context.image_dtype).view(len(self.plan.sizes), -1)
         weights.requires_grad_(context.record)
