@@ -103,7 +103,7 @@ class Cell(nn.Module):
             return derived.run(self, self.backend, s0, s1, drop_path_prob)
         return self.forward_op_by_op(s0, s1, drop_path_prob)
 
-    def forward_op_by_op(self, s0: Tensor, s1: Tensor, drop_path_prob: float) -> Tensor:
+    def forward_op_by_op(self, s0: Tensor, s1: Tensor, drop_path_prob: float | Tensor) -> Tensor:
         """``forward`` by the cell's modules."""
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         # The value of a tensor stays on its device: with one, dropping is always on.

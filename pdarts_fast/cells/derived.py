@@ -113,22 +113,26 @@ def fits(cell: nn.Module, s0: Tensor, s1: Tensor) -> bool:
     return pixels > 1 or not training
 
 
-def draw_masks(names: Names, like: Tensor, drop_path: float) -> Tensor:
+def draw_masks(names: Names, like: Tensor, drop_path: float | Tensor) -> Tensor:
     """Factors of drop-path, ``[operations, N]``, as ``network.drop_path`` draws them one by one.
 
     Args:
         names: Of the cell.
         like: The images, for their number, dtype and device.
-        drop_path: Probability that an operation is dropped for an image; 0 draws nothing.
+        drop_path: Probability that an operation is dropped for an image; the number 0 draws
+            nothing, a tensor (which may change under a captured graph) always draws.
     """
     keep, images = 1.0 - drop_path, like.shape[0]
-    if drop_path == 0 or not names.used:
+    if not names.used or (not isinstance(drop_path, Tensor) and drop_path == 0):
         return like.new_empty((0, images))
+    if isinstance(keep, Tensor):
+        kept = [torch.rand(images, device=like.device) < keep for _ in range(names.draws)]
+        return (torch.stack([kept[number] for number in names.used]) / keep).to(like.dtype)
     rows = [like.new_empty((images, 1, 1, 1)).bernoulli_(keep) for _ in range(names.draws)]
     return torch.stack([rows[number] for number in names.used]).view(-1, images) / keep
 
 
-def run(cell: nn.Module, backend: str, s0: Tensor, s1: Tensor, drop_path: float) -> Tensor:
+def run(cell: nn.Module, backend: str, s0: Tensor, s1: Tensor, drop_path: float | Tensor) -> Tensor:
     """What ``Cell.forward`` returns, by the primitives of a backend.
 
     Args:
