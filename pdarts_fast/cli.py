@@ -16,13 +16,14 @@ import tyro
 from pdarts_fast import cli_dropin, cli_train
 from pdarts_fast.config import PRESETS, DatasetName, SearchConfig, preset
 from pdarts_fast.errors import RunError, UsageError
-from pdarts_fast.flags import PROGRAM, parse, run_defaults
+from pdarts_fast.flags import PROGRAM, gathered, parse, run_defaults
 from pdarts_fast.version import __version__
 
 
 def search(arguments: Sequence[str]) -> int:
-    """Search a cell (P-DARTS, three stages)."""
-    config = parse(SearchConfig, "search", arguments, run_defaults(arguments, preset))
+    """Search a cell (P-DARTS in three stages, OPP-DARTS or RAPDARTS)."""
+    words = gathered(arguments, "--target")
+    config = parse(SearchConfig, "search", words, run_defaults(words, preset, ["strategy"]))
     from pdarts_fast.run.signals import Interrupted
     from pdarts_fast.run_search import run_search
     from pdarts_fast.run_train import check_then_train, run_train, then_train

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shlex
 import sys
@@ -27,6 +28,9 @@ from pdarts_fast.run.setup import command_line, description, make_display, pick_
 from pdarts_fast.run.signals import Interrupted, StopRequest
 from pdarts_fast.search import Search
 from pdarts_fast.search_space import Derivation
+from pdarts_fast.strategies.base import Strategy
+from pdarts_fast.strategies.choose import make_strategy
+from pdarts_fast.strategies.rapdarts import make_costs, write_costs
 
 log = logging.getLogger(__name__)
 
@@ -66,10 +70,14 @@ def run_search(config: SearchConfig) -> Path:
         skip_broken=config.skip_broken,
     )
     split_indices(len(dataset.train), config.data_split)
+    costs = make_costs(config, dataset.num_classes, device, path if config.resume else None)
     run = RunDirectory(path, resume=config.resume, overwrite=config.overwrite)
     try:
         with StopRequest() as stop:
-            derivation = _search(config, dataset, run, device, stop)
+            if costs is not None:
+                write_costs(costs, path)
+            strategy = make_strategy(config, device, costs)
+            derivation = _search(config, dataset, run, device, strategy, stop)
         _write_outputs(path, derivation, config)
     except Interrupted as signal:
         resume = shlex.join(["pdarts-fast", "search", "--resume", "--run-dir", str(path)])
@@ -96,11 +104,12 @@ def _search(
     dataset: Dataset,
     run: RunDirectory,
     device: torch.device,
+    strategy: Strategy,
     stop: StopRequest,
 ) -> Derivation:
     display = make_display()
     try:
-        search = Search(config, dataset, run, device, display)
+        search = Search(config, dataset, run, device, display, strategy)
         if search.resumed:
             position = search.state.position
             display.message(f"goes on in {run.path} after {position.global_step} steps")
@@ -126,7 +135,8 @@ def _description(config: SearchConfig, dataset: Dataset, device: torch.device) -
 
 def search_command(config: SearchConfig) -> str:
     """The command line that gives `config`: its preset and the flags that differ from it."""
-    return command_line(config, config.preset, preset(config.preset))
+    base = dataclasses.replace(preset(config.preset, config.strategy), strategy="pdarts")
+    return command_line(config, config.preset, base)
 
 
 def train_command(run_dir: Path) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,23 +20,24 @@ from pdarts_fast.run.environment import peak_memory_mib
 from pdarts_fast.run.metrics import MetricsLog
 from pdarts_fast.run.progress import Display, RemainingTime, Status
 from pdarts_fast.run.signals import Interrupted, StopRequest
-from pdarts_fast.schedule import learning_rate, skip_dropout
 from pdarts_fast.search_result import write_genotypes, write_supernet
-from pdarts_fast.search_space import CELL_TYPES, Derivation
+from pdarts_fast.search_space import Derivation
 from pdarts_fast.search_state import (
-    Alphas,
     Position,
     SearchState,
+    alphas_of,
+    alphas_record,
     load_state,
     restore_random,
     save_state,
 )
 from pdarts_fast.step import WEIGHTS, Meter, SearchStep
+from pdarts_fast.strategies.base import Strategy
 from pdarts_fast.supernet import Network
 
 
 class Search:
-    """One P-DARTS search in one run directory.
+    """One search in one run directory: the stages of P-DARTS or what its strategy makes of them.
 
     Args:
         config: A validated configuration.
@@ -43,6 +45,7 @@ class Search:
         run: Open run directory; holds the checkpoint to go on from, if any.
         device: Where the supernet runs.
         display: What the user sees.
+        strategy: What it asks where strategies differ.
 
     Raises:
         RunError: The checkpoint belongs to other settings.
@@ -58,8 +61,10 @@ class Search:
         run: RunDirectory,
         device: torch.device,
         display: Display,
+        strategy: Strategy,
     ) -> None:
         self.config = config
+        self.strategy = strategy
         self.dataset = dataset
         self.run_dir = run
         self.device = device
@@ -71,6 +76,8 @@ class Search:
         saved = load_state(config, self._facts, run)
         self.resumed = saved is not None
         self.state = saved or SearchState(Position(), search_space.all_switches(), [])
+        if self.state.strategy:
+            strategy.load_state_dict(self.state.strategy)
         self.metrics = MetricsLog(
             run.metrics,
             run.path / "tensorboard" if config.tensorboard else None,
@@ -101,7 +108,8 @@ class Search:
                 self._run_stage()
         finally:
             self.metrics.close()
-        return write_genotypes(self.run_dir.path, self.state.finished, self.config.max_skips)
+        result = self.strategy.result(self.state.finished)
+        return write_genotypes(self.run_dir.path, result, self.config.max_skips)
 
     def _run_stage(self) -> None:
         config, position = self.config, self.state.position
@@ -109,10 +117,7 @@ class Search:
         weights = self._loader("weights", self._weight_indices)
         alphas = self._loader("alphas", self._alpha_indices)
         while position.epoch < config.epochs:
-            step.set_epoch(
-                learning_rate(config, position.epoch),
-                skip_dropout(config, position.stage, position.epoch),
-            )
+            self._begin_epoch(step)
             self._train_epoch(step, weights, alphas)
             self._end_epoch(step, alphas)
         self._end_stage(step.network)
@@ -136,7 +141,9 @@ class Search:
             backend=config.backend,
         ).to(self.device)
         network.train()
-        step = SearchStep(network, config, self.device)
+        resumed = state.stage_state is not None
+        self.strategy.start_stage(network, state.switches, resumed=resumed)
+        step = SearchStep(network, config, self.device, self.strategy.alpha_term)
         if state.stage_state is not None:
             step.load_state_dict(state.stage_state)
             restore_random(state, self.device)
@@ -165,6 +172,26 @@ class Search:
             shuffle=True,
             device=self.device,
         )
+
+    def _begin_epoch(self, step: SearchStep) -> None:
+        """Let the strategy change the supernet, if no step of the epoch is done; set the rates."""
+        position = self.state.position
+        if position.step == 0:
+            start = time.perf_counter()
+            trials = self._loader("trials", self._weight_indices)
+            self._write_records(
+                self.strategy.begin_epoch(
+                    position.epoch, step, trials.epoch, self._raise_if_stopped
+                )
+            )
+            position.stage_seconds += time.perf_counter() - start
+        self.strategy.set_epoch(position.epoch)
+        rates = self._rates()
+        step.set_epoch(rates["lr"], rates["dropout"])
+
+    def _write_records(self, records: Iterable[dict[str, Any]]) -> None:
+        for record in records:
+            self.metrics.write({"kind": record["kind"], **self._where(), **record})
 
     def _alpha_batches(self, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of the alpha half without end, from where the current step needs them."""
@@ -207,6 +234,7 @@ class Search:
         self._raise_if_stopped()
 
     def _save(self, step: SearchStep | None) -> None:
+        self.state.strategy = self.strategy.state_dict()
         save_state(self.state, step, self.config, self._facts, self.run_dir, self.device)
 
     def _raise_if_stopped(self) -> None:
@@ -234,10 +262,10 @@ class Search:
         }
 
     def _rates(self) -> dict[str, float]:
-        config, position = self.config, self.state.position
+        position = self.state.position
         return {
-            "lr": learning_rate(config, position.epoch),
-            "dropout": skip_dropout(config, position.stage, position.epoch),
+            "lr": self.strategy.learning_rate(position.epoch),
+            "dropout": self.strategy.skip_dropout(position.stage, position.epoch),
         }
 
     def _log_interval(self, step: SearchStep) -> None:
@@ -288,7 +316,8 @@ class Search:
         position = self.state.position
         weights, alpha = step.epoch_meter.read()
         step.epoch_meter.reset()
-        values = _alphas_of(step.network)
+        trained = alphas_of(step.network)
+        switches, values = self.strategy.visible(self.state.switches, trained)
         self.metrics.write(
             {
                 "kind": "epoch",
@@ -305,24 +334,13 @@ class Search:
                 "peak_memory_mib": peak_memory_mib(self.device),
             }
         )
-        self._write_alphas(values)
+        self.run_dir.alphas.write(alphas_record(position, switches, values))
+        self._write_records(self.strategy.end_epoch(self.state.switches, trained))
         if position.epoch >= self.config.epochs - self.config.validation_epochs:
             self._validate(step, alphas)
         position.epoch += 1
         position.step = 0
         position.epoch_seconds = 0.0
-
-    def _write_alphas(self, values: Alphas) -> None:
-        switches = self.state.switches
-        where = self._where()
-        self.run_dir.alphas.write(
-            {
-                "stage": where["stage"],
-                "epoch": where["epoch"],
-                "ops": {kind: search_space.live_names(switches[kind]) for kind in CELL_TYPES},
-                **{kind: values[kind].tolist() for kind in CELL_TYPES},
-            }
-        )
 
     @torch.no_grad()
     def _validate(self, step: SearchStep, alphas: Loader) -> None:
@@ -373,7 +391,7 @@ class Search:
                 "dropped": dropped,
             }
         )
-        values = _alphas_of(network)
+        values = alphas_of(network)
         state.finished.append(values)
         write_supernet(self.run_dir.path / f"supernet-stage{stage + 1}.safetensors", network)
         if stage + 1 < config.stages:
@@ -384,9 +402,3 @@ class Search:
         position.stage_seconds = 0.0
         self._save(None)
         self._raise_if_stopped()
-
-
-def _alphas_of(network: Network) -> Alphas:
-    """The architecture parameters as float32 [14, live ops] arrays on the host."""
-    normal, reduce = (a.detach().float().cpu().numpy().copy() for a in network.arch_parameters())
-    return {"normal": normal, "reduce": reduce}

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import save
 from torch import nn
 
-from pdarts_fast import search_space
 from pdarts_fast.errors import RunError
 from pdarts_fast.genotype import GENOTYPE_FILE, save_genotype
 from pdarts_fast.run.files import write_atomically
-from pdarts_fast.search_space import Alphas, Derivation
+from pdarts_fast.search_space import Derivation
+from pdarts_fast.strategies.base import Result
 
 
 def write_supernet(path: Path, network: nn.Module) -> None:
@@ -25,18 +24,18 @@ def write_supernet(path: Path, network: nn.Module) -> None:
     write_atomically(path, save(tensors))
 
 
-def write_genotypes(run_dir: Path, finished: Sequence[Alphas], max_skips: int) -> Derivation:
-    """Derive the genotypes of a search and write genotype.json.
+def write_genotypes(run_dir: Path, result: Result, max_skips: int) -> Derivation:
+    """Write the genotypes of a search into genotype.json.
 
     Args:
         run_dir: Folder to write into.
-        finished: Alphas at the end of each stage, raw (before softmax).
+        result: What the strategy derived.
         max_skips: Skips allowed in the normal cell of the result.
 
     Raises:
         RunError: No cell has that few skips, or the file cannot be written.
     """
-    derivation = search_space.derive(finished)
+    derivation = result.derivation
     if max_skips not in derivation.restricted:
         raise RunError(
             f"--max-skips {max_skips} cannot be reached with the ops of the last stage; the alphas "
@@ -48,5 +47,6 @@ def write_genotypes(run_dir: Path, finished: Sequence[Alphas], max_skips: int) -
         max_skips=max_skips,
         unrestricted=derivation.genotype,
         restricted=derivation.restricted,
+        facts=result.facts,
     )
     return derivation

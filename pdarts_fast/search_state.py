@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,10 @@ from pdarts_fast.config import SearchConfig
 from pdarts_fast.run.checkpoint import random_state, set_random_state
 from pdarts_fast.run.directory import RunDirectory
 from pdarts_fast.run.resume import load_matching
+from pdarts_fast.search_space import CELL_TYPES, Switches, live_names
 from pdarts_fast.settings import to_json
 from pdarts_fast.step import SearchStep
+from pdarts_fast.supernet import Network
 
 Alphas = dict[str, np.ndarray]
 
@@ -58,6 +60,7 @@ class SearchState:
         stage_state: Network, optimisers and sums of the stage in training as they were in the
             checkpoint; None at the start of a stage.
         random: Random generators as they were in the checkpoint; None in a new search.
+        strategy: State of the strategy as it was in the checkpoint; empty in a new search.
     """
 
     position: Position
@@ -65,6 +68,7 @@ class SearchState:
     finished: list[Alphas]
     stage_state: dict[str, Any] | None = None
     random: dict[str, Any] | None = None
+    strategy: dict[str, Any] = field(default_factory=dict)
 
 
 def save_state(
@@ -93,6 +97,7 @@ def save_state(
             "finished": [{k: torch.from_numpy(v) for k, v in a.items()} for a in state.finished],
             "stage_state": None if step is None else step.state_dict(),
             "random": random_state(device),
+            "strategy": state.strategy,
             "files": run.file_lengths(),
         }
     )
@@ -121,6 +126,7 @@ def load_state(
         finished=[{k: v.numpy() for k, v in alphas.items()} for alphas in saved["finished"]],
         stage_state=saved["stage_state"],
         random=saved["random"],
+        strategy=saved.get("strategy", {}),
     )
 
 
@@ -128,3 +134,19 @@ def restore_random(state: SearchState, device: torch.device) -> None:
     """Set the random generators to where the checkpoint had them, if there was one."""
     if state.random is not None:
         set_random_state(state.random, device)
+
+
+def alphas_of(network: Network) -> Alphas:
+    """The architecture parameters as float32 [14, live ops] arrays on the host."""
+    normal, reduce = (a.detach().float().cpu().numpy().copy() for a in network.arch_parameters())
+    return {"normal": normal, "reduce": reduce}
+
+
+def alphas_record(position: Position, switches: Switches, values: Alphas) -> dict[str, Any]:
+    """The line of alphas.jsonl for the epoch that has ended: live ops and their alphas."""
+    return {
+        "stage": position.stage + 1,
+        "epoch": position.epoch,
+        "ops": {kind: live_names(switches[kind]) for kind in CELL_TYPES},
+        **{kind: values[kind].tolist() for kind in CELL_TYPES},
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -66,6 +66,11 @@ class SearchStep:
     The alpha step computes no weight gradients and the weight step no alpha gradients; neither
     is used by the other, so this is exact.
 
+    Args:
+        alpha_term: What the alpha loss has beside the cross-entropy, a scalar, from the two
+            alphas [edges, k]; None for nothing. What it reads may change in place only, so that a
+            captured step stays valid. The sums do not hold it.
+
     Attributes:
         first_bad_step: int64 scalar on the device; global step of the first loss or gradient norm
             that was not finite, -1 while there is none.
@@ -74,8 +79,15 @@ class SearchStep:
         arXiv 1904.12760, section 3.1 (first-order approximation of DARTS).
     """
 
-    def __init__(self, network: Network, config: SearchConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        network: Network,
+        config: SearchConfig,
+        device: torch.device,
+        alpha_term: Callable[[Sequence[Tensor]], Tensor] | None = None,
+    ) -> None:
         self.network = network
+        self.alpha_term = alpha_term
         self.criterion = nn.CrossEntropyLoss().to(device)
         self.grad_clip = config.grad_clip
         self.amp = config.amp
@@ -146,7 +158,10 @@ class SearchStep:
         _require_grad(frozen, False)
         optimizer.zero_grad(set_to_none=True)
         loss, logits = self.forward(images, labels)
-        loss.backward()
+        objective = loss
+        if row == ALPHAS and self.alpha_term is not None:
+            objective = loss + self.alpha_term(self.alphas)
+        objective.backward()
         norm = nn.utils.clip_grad_norm_(trained, self.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -25,6 +25,7 @@ RUN_FILES = [
     ALPHAS,
     "alphas.json",
     "genotype.json",
+    "costs.json",
     "report.html",
     "cell-normal.svg",
     "cell-normal.png",
