@@ -26,7 +26,9 @@ from pdarts_fast.run.report import write_report
 from pdarts_fast.run.report_data import read_run
 from pdarts_fast.run.setup import command_line, description, make_display, pick_device
 from pdarts_fast.run.signals import Interrupted, StopRequest
+from pdarts_fast.run_select import SELECTION_FOLDER, select
 from pdarts_fast.search import Search
+from pdarts_fast.search_result import write_genotypes
 from pdarts_fast.search_space import Derivation
 from pdarts_fast.strategies.base import Strategy
 from pdarts_fast.strategies.choose import make_strategy
@@ -78,6 +80,8 @@ def run_search(config: SearchConfig) -> Path:
                 write_costs(costs, path)
             strategy = make_strategy(config, device, costs)
             derivation = _search(config, dataset, run, device, strategy, stop)
+            if config.select == "perturbation":
+                derivation = _select(config, dataset, path, device, stop)
         _write_outputs(path, derivation, config)
     except Interrupted as signal:
         resume = shlex.join(["pdarts-fast", "search", "--resume", "--run-dir", str(path)])
@@ -121,6 +125,16 @@ def _search(
         return search.run(stop)
     finally:
         display.close()
+
+
+def _select(
+    config: SearchConfig, dataset: Dataset, path: Path, device: torch.device, stop: StopRequest
+) -> Derivation:
+    """Let a selection on the last supernet take the place of the result by alphas."""
+    started = (path / SELECTION_FOLDER / "config.json").is_file()
+    resume = config.resume and started
+    result = select(config, dataset, path, device, stop, resume=resume, overwrite=not resume)
+    return write_genotypes(path, result, config.max_skips)
 
 
 def _description(config: SearchConfig, dataset: Dataset, device: torch.device) -> dict[str, Any]:

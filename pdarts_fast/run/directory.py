@@ -34,7 +34,7 @@ RUN_FILES = [
     "weights-best.safetensors",
     "weights-last.safetensors",
 ]
-RUN_FOLDERS = ("checkpoints", "tensorboard")
+RUN_FOLDERS = ("checkpoints", "tensorboard", "select-perturbation")
 SUPERNETS = "supernet-stage*.safetensors"
 
 

@@ -14,6 +14,7 @@ from pdarts_fast.run.files import write_atomically
 from pdarts_fast.run.palette import css_variables
 from pdarts_fast.run.report_charts import CELL_NAMES, alpha_figures, alpha_legend, curve_figures
 from pdarts_fast.run.report_data import RunData, read_run
+from pdarts_fast.run.report_strategy import strategy_sections
 
 REPORT_FILE = "report.html"
 
@@ -43,6 +44,7 @@ def render_report(data: RunData, *, train_command: str | None = None) -> str:
     main = [
         _result(data, train_command),
         _restricted(data),
+        _strategy(data),
         _alphas(data),
         section("curves", "Training curves", _curves(data)),
         section("time", "Time per stage", _time(data)),
@@ -124,6 +126,7 @@ def _links(data: RunData) -> list[tuple[str, str]]:
     links = [
         ("result", "Result", data.genotype is not None),
         ("skips", "Skips", bool(data.restricted)),
+        *((name, title, True) for name, title, _ in strategy_sections(data)),
         ("alphas", "Operations", bool(data.alphas)),
         ("curves", "Curves", True),
         ("time", "Time", True),
@@ -151,6 +154,11 @@ def _restricted(data: RunData) -> str:
     )
     body = f'<p class="lead">{note}</p><div class="card">{sections.restricted_table(data)}</div>'
     return section("skips", "Skip restriction", body)
+
+
+def _strategy(data: RunData) -> str:
+    """Returns what only some strategies have: costs, additions, decisions."""
+    return "".join(section(name, title, body) for name, title, body in strategy_sections(data))
 
 
 def _alphas(data: RunData) -> str:
