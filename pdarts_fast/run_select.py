@@ -22,7 +22,7 @@ from pdarts_fast.run.directory import METRICS, RunDirectory, read_config, requir
 from pdarts_fast.run.drawing import draw_genotype
 from pdarts_fast.run.environment import hardware
 from pdarts_fast.run.files import disk_errors
-from pdarts_fast.run.report import write_report
+from pdarts_fast.run.report import SELECTION, write_report
 from pdarts_fast.run.setup import description, make_display, pick_device
 from pdarts_fast.run.signals import Interrupted, StopRequest
 from pdarts_fast.search_result import write_genotypes
@@ -38,8 +38,6 @@ from pdarts_fast.strategies.repair import log_probabilities
 log = logging.getLogger(__name__)
 
 SELECTION_FOLDER = "select-perturbation"
-KIND = "select"
-"""What config.json of a selection says it is."""
 
 
 def run_select(
@@ -225,4 +223,4 @@ def _description(
     values = description(
         config, command, dataset.facts(config.dataset), hardware(device, network.backend)
     )
-    return values | {"kind": KIND}
+    return values | {"kind": SELECTION}

@@ -46,14 +46,14 @@ class Progress:
         epoch: Tuning epochs of the current round.
         step: Steps of the current tuning epoch.
         global_step: Steps in all.
-        seconds: Time spent.
+        epoch_seconds: Time spent on the steps of this tuning epoch.
     """
 
     round: int = 0
     epoch: int = 0
     step: int = 0
     global_step: int = 0
-    seconds: float = 0.0
+    epoch_seconds: float = 0.0
 
 
 class Selection:
@@ -158,7 +158,6 @@ class Selection:
         self.mixing.carry_out(decision)
         self.decisions.append(decision)
         seconds = time.perf_counter() - start
-        self.progress.seconds += seconds
         self.metrics.write(
             {
                 "kind": "decision",
@@ -207,7 +206,7 @@ class Selection:
             self.step.weight_step(images, labels, progress.global_step)
             progress.step += 1
             progress.global_step += 1
-            progress.seconds += time.perf_counter() - start
+            progress.epoch_seconds += time.perf_counter() - start
             self.display.advance()
             stopped = self._stop.signum is not None
             if stopped or (interval > 0 and progress.step % interval == 0):
@@ -216,6 +215,8 @@ class Selection:
                 raise Interrupted(self._stop.signum)
 
     def _write_tuning(self) -> None:
+        """The record of a tuning epoch whose steps are all done."""
+        seconds, self.progress.epoch_seconds = self.progress.epoch_seconds, 0.0
         found = self.step.epoch_meter.read()[WEIGHTS]
         self.step.epoch_meter.reset()
         self.metrics.write(
@@ -227,6 +228,7 @@ class Selection:
                 "loss": found.loss,
                 "accuracy": found.accuracy,
                 "lr": TUNING_RATE * self.config.lr,
+                "seconds": seconds,
             }
         )
 

@@ -53,7 +53,7 @@ def _costs(data: RunData) -> str:
             f"{len(data.costs)} epochs",
             _shown(name, derived),
         ]
-        rows.append(_row(RESOURCE_NAMES[name], cells))
+        rows.append(_row(RESOURCE_NAMES[name], cells, numbers=True))
     head = ["Resource", "Target", "Expected at the end", "By the alphas", "Gate open", "Result"]
     body = f'<p class="lead">{note}</p><div class="charts">{"".join(figures)}</div>'
     body += f'<div class="card">{table("Costs and targets", head, rows, numbers=True)}</div>'
@@ -151,8 +151,9 @@ def _decision(decision: Record) -> str:
     return _row(CELL_NAMES.get(question["cell"], question["cell"]), [asked, scores, chosen])
 
 
-def _row(name: str, cells: Sequence[str]) -> str:
-    values = "".join(f'<td class="number">{escape(str(cell))}</td>' for cell in cells)
+def _row(name: str, cells: Sequence[str], *, numbers: bool = False) -> str:
+    mark = " class=number" if numbers else ""
+    values = "".join(f"<td{mark}>{escape(str(cell))}</td>" for cell in cells)
     return f'<tr><th scope="row">{escape(name)}</th>{values}</tr>'
 
 
