@@ -2,8 +2,8 @@
 
     python benchmarks/compare_strategies.py --seeds 3 --out runs/strategies
 
-Every search sees the weight half of the digits for 12 epochs (the demo presets); perturbation takes
-the supernet of the P-DARTS search of the same seed. A run that is already in the folder is not
+Every search sees the weight half of the digits, at their own 8×8 pixels, for 12 epochs (the demo
+presets); perturbation takes the supernet of the P-DARTS search of the same seed. A run that is already in the folder is not
 made again. Prints a table in Markdown and the commands that made it.
 """
 
@@ -18,15 +18,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+IMAGES = "--preset demo --image-size 8 --crop-padding 1"
 VARIANTS = {
-    "P-DARTS": "search --preset demo",
-    "RAPDARTS, params ≤ 60k": "search --preset demo --strategy rapdarts",
-    "OPP-DARTS": "search --preset demo --strategy opp",
-    "P-DARTS, beta-decay": "search --preset demo --beta-decay 1.5",
-    "P-DARTS, Dirichlet": "search --preset demo --sample dirichlet",
+    "P-DARTS": f"search {IMAGES}",
+    "RAPDARTS, params ≤ 60k": f"search {IMAGES} --strategy rapdarts",
+    "OPP-DARTS": f"search {IMAGES} --strategy opp",
+    "P-DARTS, beta-decay": f"search {IMAGES} --beta-decay 1.5",
+    "P-DARTS, Dirichlet": f"search {IMAGES} --sample dirichlet",
     "P-DARTS, perturbation": "select SOURCE --epochs 1",
 }
-TRAINING = "train --preset demo --epochs 10"
+TRAINING = f"train {IMAGES} --epochs 15"
 
 
 @dataclass(frozen=True)
