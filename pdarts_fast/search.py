@@ -178,16 +178,16 @@ class Search:
         position = self.state.position
         if position.step == 0:
             start = time.perf_counter()
-            trials = self._loader("trials", self._weight_indices)
             self._write_records(
-                self.strategy.begin_epoch(
-                    position.epoch, step, trials.epoch, self._raise_if_stopped
-                )
+                self.strategy.begin_epoch(position.epoch, step, self._trial, self._raise_if_stopped)
             )
             position.stage_seconds += time.perf_counter() - start
         self.strategy.set_epoch(position.epoch)
         rates = self._rates()
         step.set_epoch(rates["lr"], rates["dropout"])
+
+    def _trial(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._loader("trials", self._weight_indices).epoch(number)
 
     def _write_records(self, records: Iterable[dict[str, Any]]) -> None:
         for record in records:
@@ -246,27 +246,20 @@ class Search:
         bad = int(step.first_bad_step)
         if bad < 0:
             return
-        stage = self.state.position.stage + 1
         raise RunError(
-            f"the loss or gradient of step {bad} (stage {stage}) is not finite; the last good "
-            f"checkpoint is in {self.run_dir.path / 'checkpoints'}; try a smaller --lr or "
-            "--grad-clip"
+            f"the loss or gradient of step {bad} (stage {self.state.position.stage + 1}) is not "
+            f"finite; the last good checkpoint is in {self.run_dir.path / 'checkpoints'}; try a "
+            "smaller --lr or --grad-clip"
         )
 
     def _where(self) -> dict[str, int]:
-        position = self.state.position
-        return {
-            "stage": position.stage + 1,
-            "epoch": position.epoch,
-            "step": position.global_step,
-        }
+        at = self.state.position
+        return {"stage": at.stage + 1, "epoch": at.epoch, "step": at.global_step}
 
     def _rates(self) -> dict[str, float]:
-        position = self.state.position
-        return {
-            "lr": self.strategy.learning_rate(position.epoch),
-            "dropout": self.strategy.skip_dropout(position.stage, position.epoch),
-        }
+        stage, epoch = self.state.position.stage, self.state.position.epoch
+        rates = {"lr": self.strategy.learning_rate(epoch)}
+        return rates | {"dropout": self.strategy.skip_dropout(stage, epoch)}
 
     def _log_interval(self, step: SearchStep) -> None:
         self._require_finite(step)

@@ -140,9 +140,10 @@ def test_a_trial_uses_batch_statistics_and_changes_nothing(network: Network) -> 
     assert losses[0] == pytest.approx(total / 10, rel=1e-6)
 
 
-def test_the_first_operation_is_that_of_four_one_op_supernets(search: Any, tools: Any) -> None:
+@pytest.mark.usefixtures("one_thread")
+def test_the_first_operation_is_that_of_four_one_op_supernets(finished: Any, tools: Any) -> None:
     """The four losses once more, from supernets that have no other operation at all."""
-    run = search("run", "--backend", "reference", stages=tools.OPP)
+    run = finished(stages=tools.OPP)
     first = tools.records(run, "operation")[0]
     config = tools.settings("--config", run / "config.json")
     dataset = tools.few_digits(config.image_size)
@@ -181,14 +182,14 @@ def test_the_first_operation_is_that_of_four_one_op_supernets(search: Any, tools
                 count += len(labels)
         losses[op] = total / count
     assert list(first["losses"]) == list(FIRST_OPS)
-    assert first["losses"] == pytest.approx(losses, rel=1e-5)
+    assert first["losses"] == pytest.approx(losses, rel=1e-4)
     assert first["operation"] == max(losses, key=losses.__getitem__)
 
 
 def test_the_order_is_that_of_the_losses_and_repeats_with_the_seed(
-    search: Any, tools: Any, outcome: Any
+    finished: Any, search: Any, tools: Any, outcome: Any
 ) -> None:
-    run = search("run", stages=tools.OPP)
+    run = finished(stages=tools.OPP)
     additions = tools.records(run, "operation")
     order = [record["operation"] for record in additions]
     assert sorted(order) == sorted(PRIMITIVES)
@@ -202,12 +203,10 @@ def test_the_order_is_that_of_the_losses_and_repeats_with_the_seed(
         losses = record["losses"]
         assert record["operation"] == max(losses, key=losses.__getitem__)
     assert outcome(search("again", stages=tools.OPP)) == outcome(run)
-    other = search("other", "--seed", 1, stages=tools.OPP)
-    assert tools.records(other, "operation")[0]["losses"] != additions[0]["losses"]
 
 
-def test_the_result_is_that_of_darts_without_skip_cap(search: Any, tools: Any) -> None:
-    run = search("run", "--beta-decay", 1, stages=tools.OPP)
+def test_the_result_is_that_of_darts_without_skip_cap(finished: Any, tools: Any) -> None:
+    run = finished(stages=tools.OPP)
     assert [record["stage"] for record in tools.records(run, "stage")] == [1]
     (alphas,) = load_alphas(run)
     assert alphas["normal"].shape == (14, 8)
@@ -280,13 +279,17 @@ def test_a_reset_optimiser_is_as_good_as_a_new_one() -> None:
         assert torch.equal(*values)
 
 
-@pytest.mark.parametrize("call", [3, 8, 15], ids=["epoch2", "epoch4", "epoch8"])
+@pytest.mark.parametrize("call", [4, 15], ids=["epoch2", "epoch8"])
 def test_a_stopped_search_goes_on_exactly(
-    call: int, search: Any, tools: Any, outcome: Any, monkeypatch: pytest.MonkeyPatch
+    call: int,
+    search: Any,
+    finished: Any,
+    tools: Any,
+    outcome: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The process dies in the middle of an epoch, after so many weight steps."""
-    flags = ["--checkpoint-interval", 1]
-    whole = search("whole", *flags, stages=tools.OPP)
+    whole = finished(stages=tools.OPP)
     steps = 0
     original = SearchStep.weight_step
 
@@ -300,8 +303,8 @@ def test_a_stopped_search_goes_on_exactly(
     with monkeypatch.context() as patch:
         patch.setattr(SearchStep, "weight_step", dying)
         with pytest.raises(KeyboardInterrupt):
-            search("cut", *flags, stages=tools.OPP)
-    cut = search("cut", *flags, "--resume", stages=tools.OPP)
+            search("cut", stages=tools.OPP)
+    cut = search("cut", "--resume", stages=tools.OPP)
     assert outcome(cut) == outcome(whole)
 
 

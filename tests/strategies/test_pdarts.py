@@ -91,8 +91,9 @@ def search_written_out(config: SearchConfig, dataset: Dataset) -> list[dict[str,
     return finished
 
 
-def test_a_search_is_the_loop_written_out(search: Any, tools: Any) -> None:
-    run = search("run", "--backend", "reference")
+@pytest.mark.usefixtures("one_thread")
+def test_a_search_is_the_loop_written_out(finished: Any, tools: Any) -> None:
+    run = finished("--backend", "reference")
     saved = json.loads((run / "config.json").read_text())["config"]
     config = tools.settings("--config", run / "config.json")
     wanted = search_written_out(config, tools.few_digits(config.image_size))

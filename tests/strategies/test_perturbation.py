@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -162,19 +163,18 @@ def test_a_masked_supernet_is_the_supernet_without_the_operation(
     torch.testing.assert_close(found, plain(images), rtol=1e-4, atol=1e-5)
 
 
-FLAGS = ["--select", "perturbation", "--perturbation-epochs", 1]
+FLAGS = ("--select", "perturbation", "--perturbation-epochs", 1)
 
 
-def test_a_search_ends_in_the_cell_that_was_selected(search: Any, tools: Any) -> None:
-    run = search("run", *FLAGS, "--target", "params=70k", "--cells", 3, "--ops-kept", 8,
-                 "--skip-dropout", 0.2)  # fmt: skip
+def test_a_search_ends_in_the_cell_that_was_selected(finished: Any, tools: Any) -> None:
+    run = finished(*FLAGS, "--target", "params=60k", stages=tools.SELECT)
     content = tools.genotype_file(run)
     folder = run / "select-perturbation"
     assert tools.genotype_file(folder) == content
     genotype = check_genotype(content["genotype"])
     assert count_skips(genotype.normal) <= 2
     config = tools.settings("--config", run / "config.json")
-    assert genotype_cost(genotype, evaluation_scale(config, 10)).parameters <= 70_000
+    assert genotype_cost(genotype, evaluation_scale(config, 10)).parameters <= 60_000
     made = [Decision.from_json(one) for one in content["selection"]["decisions"]]
     assert cell_of(made) == check_genotype(content["unrestricted"])
     assert [d.question for d in made] == [q for one in rounds(0) for q in one]
@@ -187,52 +187,47 @@ def test_a_search_ends_in_the_cell_that_was_selected(search: Any, tools: Any) ->
     assert load_genotype(folder) == genotype
 
 
-def test_select_on_a_saved_run_gives_what_the_search_would_have_given(
-    search: Any, tools: Any, capsys: pytest.CaptureFixture[str]
+def without_seconds(run: Path, tools: Any) -> list[dict[str, Any]]:
+    """All records of a selection, in kinds, without times."""
+    found = [r for kind in ("decision", "tuning") for r in tools.records(run, kind)]
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in found]
+
+
+@pytest.mark.usefixtures("few_images")
+@pytest.mark.parametrize("call", [None, 2, 17], ids=["whole", "killed-early", "killed-later"])
+def test_select_on_a_saved_run_is_what_the_search_would_do_also_when_it_was_killed(
+    call: int | None,
+    finished: Any,
+    tools: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    together = search("together", *FLAGS, stages=STAGE)
-    apart = search("apart", stages=STAGE)
+    together = finished(*FLAGS, stages=tools.SELECT) / "select-perturbation"
+    apart = tmp_path / "run"
+    shutil.copytree(finished(stages=tools.SELECT), apart)
     before = tools.genotype_file(apart)
     words = ["select", str(apart), "--method", "perturbation", "--epochs", "1"]
+    if call is not None:
+        original, steps = SearchStep.weight_step, iter(range(1, 1000))
+
+        def dying(self: SearchStep, *args: Any) -> None:
+            if next(steps) == call:
+                raise KeyboardInterrupt
+            original(self, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SearchStep, "weight_step", dying)
+            assert main(words) == 130
+        words = ["select", str(apart), "--resume"]
     assert main(words) == 0
     assert capsys.readouterr().out.strip().endswith(str(load_genotype(together)))
-    assert load_genotype(apart / "select-perturbation") == load_genotype(together)
+    own = apart / "select-perturbation"
+    assert tools.genotype_file(own) == tools.genotype_file(together)
+    assert without_seconds(own, tools) == without_seconds(together, tools)
     assert tools.genotype_file(apart) == before
-    assert main(words) == 2
+    assert main(["select", str(apart)]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
-
-
-STAGE = "--cells 3 --ops-kept 8 --skip-dropout 0.2"
-
-
-@pytest.mark.parametrize("call", [2, 9], ids=["first-round", "later"])
-def test_a_stopped_selection_goes_on_exactly(
-    call: int, search: Any, tools: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flags = [*FLAGS, "--checkpoint-interval", 1]
-    run = search("run", stages=STAGE)
-    whole = search("whole", *flags, stages=STAGE)
-    steps = 0
-    original = SearchStep.weight_step
-
-    def dying(self: SearchStep, *args: Any) -> None:
-        nonlocal steps
-        steps += 1
-        if steps == call:
-            raise KeyboardInterrupt
-        original(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SearchStep, "weight_step", dying)
-        assert main(["select", str(run), "--epochs", "1"]) == 130
-    assert main(["select", str(run), "--resume"]) == 0
-    for kind in ("decision", "tuning"):
-        pairs = [tools.records(one / "select-perturbation", kind) for one in (run, whole)]
-        for a, b in zip(*pairs, strict=True):
-            assert {k: v for k, v in a.items() if k != "seconds"} == {
-                k: v for k, v in b.items() if k != "seconds"
-            }
-    assert tools.genotype_file(run / "select-perturbation") == tools.genotype_file(whole)
 
 
 def test_a_folder_without_a_finished_search_is_refused(
