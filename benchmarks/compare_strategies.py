@@ -123,9 +123,10 @@ def _table(outcomes: dict[str, list[Outcome]]) -> str:
 
 
 def _spread(values: list[float], digits: int) -> str:
-    """Mean ± sample standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+    """Mean ± sample standard deviation; the value alone if there is one."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 if __name__ == "__main__":
