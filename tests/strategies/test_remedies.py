@@ -107,7 +107,7 @@ def test_a_search_with_a_remedy_ends_in_a_valid_genotype(
 
 
 def test_beta_decay_flattens_the_alphas(search: Any, tools: Any) -> None:
-    stage = "--cells 3 --ops-kept 8 --skip-dropout 0 --epochs 4 --alpha-lr 0.05 --beta-decay"
-    runs = [search(f"run{weight}", weight, stages=stage) for weight in (0, 100)]
+    stage = "--cells 3 --ops-kept 8 --skip-dropout 0 --epochs 4 --alpha-lr 0.05"
+    runs = [search(f"run{weight}", "--beta-decay", weight, stages=stage) for weight in (0, 100)]
     before, after = (tools.records(run, "epoch")[-1]["entropy_normal"] for run in runs)
     assert after > before + 1e-3
