@@ -3,8 +3,8 @@
     python benchmarks/compare_strategies.py --seeds 3 --out runs/strategies
 
 Every search sees the weight half of the digits, at their own 8×8 pixels, for 12 epochs (the demo
-presets); perturbation takes the supernet of the P-DARTS search of the same seed. A run that is already in the folder is not
-made again. Prints a table in Markdown and the commands that made it.
+presets); perturbation takes the supernet of the P-DARTS search of the same seed. A run that is
+already in the folder is not made again. Prints a table in Markdown and the commands that made it.
 """
 
 from __future__ import annotations

@@ -286,14 +286,14 @@ class Network(nn.Module):
         self._use_backend_of(x.device.type)
         if self.training and self._has_skip_dropout:
             self.skip_dropout.advance()
-        weights_normal = self._edge_weights("normal", self.alphas_normal)
-        weights_reduce = self._edge_weights("reduce", self.alphas_reduce)
+        weights_normal = self._edge_weights(self.alphas_normal, "normal")
+        weights_reduce = self._edge_weights(self.alphas_reduce, "reduce")
         s0 = s1 = self.stem(x)
         for cell in self.cells:
             s0, s1 = s1, cell(s0, s1, weights_reduce if cell.reduction else weights_normal)
         return self.classifier(self.global_pooling(s1).flatten(1))
 
-    def _edge_weights(self, kind: str, alphas: Tensor) -> Tensor:
+    def _edge_weights(self, alphas: Tensor, kind: str = "normal") -> Tensor:
         """Softmax over an edge's primitives; over the edges if each has only one."""
         if self.mixing is not None:
             return self.mixing(kind, alphas)
