@@ -9,21 +9,22 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from pdarts_fast import cli_dropin, cli_train
-from pdarts_fast.config import PRESETS, DatasetName, SearchConfig, preset
+from pdarts_fast.config import PRESETS, BackendName, DatasetName, SearchConfig, preset
 from pdarts_fast.errors import RunError, UsageError
-from pdarts_fast.flags import PROGRAM, parse, run_defaults
+from pdarts_fast.flags import PROGRAM, gathered, parse, run_defaults
 from pdarts_fast.launch import read_launch, should_print, speaker
 from pdarts_fast.version import __version__
 
 
 def search(arguments: Sequence[str]) -> int:
-    """Search a cell (P-DARTS, three stages)."""
-    config = parse(SearchConfig, "search", arguments, run_defaults(arguments, preset))
+    """Search a cell (P-DARTS in three stages, OPP-DARTS or RAPDARTS)."""
+    words = gathered(arguments, "--target")
+    config = parse(SearchConfig, "search", words, run_defaults(words, preset, ["strategy"]))
     from pdarts_fast.distributed import joined
     from pdarts_fast.run.signals import Interrupted
     from pdarts_fast.run_search import run_search
@@ -85,6 +86,56 @@ def derive(arguments: Sequence[str]) -> int:
                 unrestricted=derivation.genotype,
                 restricted=derivation.restricted,
             )
+    return 0
+
+
+@dataclass(frozen=True)
+class SelectCommand:
+    """Select a cell from the last supernet of a finished search, with other means than alphas.
+
+    The result is a run directory of its own, RUN_DIR/select-perturbation: train takes it as
+    --genotype.
+    """
+
+    run_dir: Annotated[Path, tyro.conf.Positional]
+    """Run directory of the search."""
+    method: Literal["perturbation"] = "perturbation"
+    """What decides: how much validation accuracy is lost without an operation."""
+    epochs: int | None = None
+    """Epochs of tuning after each decision (default: --perturbation-epochs of the search)."""
+    data: Path | None = None
+    """Folder of the data set (default: that of the search)."""
+    backend: BackendName | None = None
+    """How cells run (default: as in the search)."""
+    device: str | None = None
+    """auto, cpu, cuda or cuda:N (default: as in the search)."""
+    threads: int | None = None
+    """CPU threads (default: as in the search)."""
+    resume: bool = False
+    """Go on with a selection that was stopped."""
+    overwrite: bool = False
+    """Replace an earlier selection."""
+
+
+def select(arguments: Sequence[str]) -> int:
+    """Select a cell from a search's supernet by perturbation."""
+    command = parse(SelectCommand, "select", arguments)
+    from pdarts_fast.run.signals import Interrupted
+    from pdarts_fast.run_select import run_select
+
+    try:
+        run_select(
+            command.run_dir,
+            epochs=command.epochs,
+            data=command.data,
+            backend=command.backend,
+            device=command.device,
+            threads=command.threads,
+            resume=command.resume,
+            overwrite=command.overwrite,
+        )
+    except Interrupted as stop:
+        return 128 + stop.signum
     return 0
 
 
@@ -169,6 +220,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "evaluate": cli_train.evaluate,
     "export": cli_train.export,
     "derive": derive,
+    "select": select,
     "plot": plot,
     "report": report,
     "run": cli_dropin.run,

@@ -21,9 +21,11 @@ from pdarts_fast.settings import (
 )
 from pdarts_fast.settings import differing as differing
 from pdarts_fast.settings import to_json as to_json
+from pdarts_fast.strategies.rules import STRATEGIES, STRATEGY_PRESETS, check_strategy
 
 DatasetName = Literal["digits", "cifar10", "cifar100", "image-folder"]
 BackendName = Literal["auto", "reference", "cpu", "triton"]
+StrategyName = Literal["pdarts", "opp", "rapdarts"]
 
 
 # Values of a run that do not change its result: --resume may give other ones.
@@ -55,8 +57,9 @@ EXECUTION_FIELDS = frozenset(
 class SearchConfig(Settings):
     """Search a cell by P-DARTS: three stages of growing depth and shrinking op sets.
 
-    The defaults are the paper's CIFAR-10 search (arXiv 1904.12760, section 4.2). A flag given on
-    the command line wins over --config, which wins over --preset.
+    The defaults are the paper's CIFAR-10 search (arXiv 1904.12760, section 4.2); --strategy opp
+    and --strategy rapdarts bring presets of their own. A flag given on the command line wins over
+    --config, which wins over --preset.
     """
 
     command: ClassVar[str] = "search"
@@ -66,6 +69,26 @@ class SearchConfig(Settings):
     """Starting point of all other values; demo is a minutes-long search on bundled images."""
     config: Path | None = None
     """JSON file of flag values, or the config.json of an earlier run."""
+
+    strategy: StrategyName = "pdarts"
+    """pdarts; opp: one stage, operations are added one by one; rapdarts: pdarts with --target."""
+    target: tuple[str, ...] = ()
+    """Most that the derived cell may cost: params=3.0M, macs=500M, memory=40MB (activations of an
+    image), latency=12ms (on this device). Several at once, or the flag several times."""
+    target_weight: tuple[float, ...] = (1.0,)
+    """Weight of each target's cost in the alpha loss."""
+    beta_decay: float = 0.0
+    """Weight of the mean logsumexp of the alphas of an edge in the alpha loss, reached linearly
+    over the alpha epochs of a stage (0: none; published: 50 after 100 epochs)."""
+    sample: Literal["softmax", "dirichlet"] = "softmax"
+    """Weights of an edge's operations in training: softmax, or drawn from Dirichlet(elu+1)."""
+    select: Literal["argmax", "perturbation"] = "argmax"
+    """How the last supernet becomes a cell: by its alphas, or by what removing an operation costs
+    in accuracy (later, too: pdarts-fast select)."""
+    perturbation_epochs: int = 5
+    """Epochs of tuning after each decision of --select perturbation."""
+    op_interval: int = 2
+    """Epochs between two additions of an operation (--strategy opp)."""
 
     dataset: DatasetName = "cifar10"
     """Images to search on; digits come with scikit-learn, image-folder is one folder a class."""
@@ -194,15 +217,22 @@ PRESETS: dict[str, dict[str, Any]] = {
 PER_STAGE = ("ops_kept", "channels", "skip_dropout")
 
 
-def preset(name: str) -> SearchConfig:
+def preset(name: str, strategy: str = "pdarts") -> SearchConfig:
     """The configuration of a preset.
 
+    Args:
+        name: One of the presets.
+        strategy: Whose numbers to take where they differ from those of P-DARTS.
+
     Raises:
-        UsageError: `name` is not one of the presets.
+        UsageError: There is no such preset or strategy.
     """
     if name not in PRESETS:
         raise UsageError(f"--preset: {name!r} is not one of {', '.join(PRESETS)}")
-    return dataclasses.replace(SearchConfig(), preset=name, **PRESETS[name])  # type: ignore[arg-type]
+    if strategy not in STRATEGIES:
+        raise UsageError(f"--strategy: {strategy!r} is not one of {', '.join(STRATEGIES)}")
+    values = {**PRESETS[name], **STRATEGY_PRESETS[strategy].get(name, {})}
+    return dataclasses.replace(SearchConfig(), preset=name, strategy=strategy, **values)  # type: ignore[arg-type]
 
 
 def validate(config: SearchConfig) -> SearchConfig:
@@ -218,6 +248,7 @@ def validate(config: SearchConfig) -> SearchConfig:
     check_device(config.device)
     check_ranges(config, _RANGES)
     _check_stages(config)
+    check_strategy(config)
     check_run_flags(config.run_dir, config.resume, config.overwrite, "search")
     if config.warmup_epochs >= config.epochs:
         raise UsageError(
@@ -265,6 +296,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "backend": ("auto", "reference", "cpu", "triton"),
     "loader": LOADERS,
     "lr_schedule": ("paper", "reference"),
+    "strategy": STRATEGIES,
+    "sample": ("softmax", "dirichlet"),
+    "select": ("argmax", "perturbation"),
 }
 
 
@@ -272,6 +306,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _RANGES: dict[str, tuple[float, float]] = {
     "image_size": (8, 1024),
     "seed": (0, 2**32 - 1),
+    "target_weight": (0.0, 1e6),
+    "beta_decay": (0.0, 1e6),
+    "perturbation_epochs": (0, 100_000),
+    "op_interval": (1, 100_000),
     "threads": (1, 4096),
     "workers": (0, 1024),
     "cells": (3, 1000),

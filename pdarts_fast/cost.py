@@ -50,6 +50,11 @@ class Scale:
     num_classes: int
     image_size: int
 
+    def build(self, genotype: Genotype, device: str | torch.device) -> nn.Module:
+        """The network of a genotype, without auxiliary head, on a device."""
+        with torch.device(device):
+            return self.network(self.C, self.num_classes, self.layers, False, genotype)
+
 
 SCALES = {
     "cifar10": Scale(NetworkCIFAR, C=36, layers=20, num_classes=10, image_size=32),
@@ -92,31 +97,39 @@ def genotype_cost(genotype: Genotype, scale: Scale | str = "cifar10") -> Cost:
         if scale not in SCALES:
             raise ValueError(f"no scale {scale!r}; choose one of {', '.join(SCALES)}")
         scale = SCALES[scale]
-    with torch.device("meta"):
-        network = scale.network(scale.C, scale.num_classes, scale.layers, False, genotype)
-    return _trace(network, scale.image_size)
+    return _trace(scale.build(genotype, "meta"), scale.image_size)
 
 
 def _trace(network: nn.Module, image_size: int) -> Cost:
     """Counts while one image passes through a network on the meta device."""
-    multiply_adds = 0
+    return trace(network, torch.empty((1, 3, image_size, image_size), device="meta"))[0]
 
-    def count_convolution(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        nonlocal multiply_adds
-        assert isinstance(module, nn.Conv2d)
-        multiply_adds += output.numel() * module.weight[0].numel()
 
-    def count_linear(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        nonlocal multiply_adds
-        assert isinstance(module, nn.Linear)
-        multiply_adds += output.numel() * module.in_features
+LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.AvgPool2d, nn.MaxPool2d, nn.Linear)
+"""Modules whose outputs count as activations."""
+
+
+def trace(network: nn.Module, inputs: Tensor) -> tuple[Cost, int]:
+    """Counts while some input passes through a module; both lie on the meta device.
+
+    Returns:
+        The cost, and the number of values that the ``LAYERS`` of the module put out.
+    """
+    multiply_adds = activations = 0
+
+    def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        nonlocal multiply_adds, activations
+        activations += output.numel()
+        if isinstance(module, nn.Conv2d):
+            multiply_adds += output.numel() * module.weight[0].numel()
+        elif isinstance(module, nn.Linear):
+            multiply_adds += output.numel() * module.in_features
 
     network.eval()
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(count_convolution)
-        elif isinstance(module, nn.Linear):
-            module.register_forward_hook(count_linear)
+    layers = [module for module in network.modules() if isinstance(module, LAYERS)]
+    handles = [module.register_forward_hook(count) for module in layers]
     with torch.no_grad():
-        network(torch.empty((1, 3, image_size, image_size), device="meta"))
-    return Cost(count_parameters(network), multiply_adds)
+        network(inputs)
+    for handle in handles:
+        handle.remove()
+    return Cost(count_parameters(network), multiply_adds), activations

@@ -22,12 +22,16 @@ C = TypeVar("C")
 S = TypeVar("S", bound=Settings)
 
 
-def run_defaults(arguments: Sequence[str], preset: Callable[[str], S]) -> S:
+def run_defaults(
+    arguments: Sequence[str], preset: Callable[..., S], variants: Sequence[str] = ()
+) -> S:
     """What the flags of a run start from: preset, then file, or the run to resume.
 
     Args:
         arguments: The command line after the command's name.
-        preset: Gives the settings of a preset by its name.
+        preset: Gives the settings of a preset by its name, and by those of `variants` that are
+            given as keywords.
+        variants: Fields that choose between variants of a preset.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     # A flag without its value is left to the real parser.
@@ -35,6 +39,8 @@ def run_defaults(arguments: Sequence[str], preset: Callable[[str], S]) -> S:
     parser.add_argument("--config", nargs="?", type=Path)
     parser.add_argument("--run-dir", "--run_dir", nargs="?", type=Path)
     parser.add_argument("--resume", action="store_true")
+    for name in variants:
+        parser.add_argument(f"--{name}", nargs="?")
     known, _ = parser.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
     if known.resume and known.run_dir and not known.preset and not known.config:
         from pdarts_fast.run.directory import read_config
@@ -44,8 +50,36 @@ def run_defaults(arguments: Sequence[str], preset: Callable[[str], S]) -> S:
             source = str(known.run_dir / "config.json")
             return from_json(settings_of(saved), preset("cifar10"), source)
     values = read_values(known.config) if known.config else {}
-    base = preset(known.preset or str(values.get("preset", "cifar10")))
+    chosen = {name: getattr(known, name) or values.get(name) for name in variants}
+    given = {name: str(value) for name, value in chosen.items() if value is not None}
+    base = preset(known.preset or str(values.get("preset", "cifar10")), **given)
     return from_json(values, base, f"--config {known.config}")
+
+
+def gathered(arguments: Sequence[str], name: str) -> list[str]:
+    """`arguments` with all values of a flag that is given several times behind the first one.
+
+    Args:
+        name: The flag, ``--target``.
+    """
+    others: list[str] = []
+    values: list[str] = []
+    place: int | None = None
+    taking = False
+    for argument in arguments:
+        word, equals, value = argument.partition("=")
+        if word == name:
+            place = len(others) if place is None else place
+            taking = not equals
+            values += [value] if equals else []
+        elif taking and not argument.startswith("-"):
+            values.append(argument)
+        else:
+            taking = False
+            others.append(argument)
+    if place is None:
+        return others
+    return [*others[:place], name, *values, *others[place:]]
 
 
 def parse(settings: type[C], command: str, arguments: Sequence[str], default: C | None = None) -> C:

@@ -118,6 +118,7 @@ def save_genotype(
     max_skips: int | None = None,
     unrestricted: Genotype | None = None,
     restricted: Mapping[int, Genotype] | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a genotype file that `load_genotype` reads.
 
@@ -129,6 +130,7 @@ def save_genotype(
             genotype.
         unrestricted: The genotype before any skip restriction.
         restricted: The genotype for each number of skips allowed, largest number first.
+        facts: Further entries of a run's file, as JSON values.
 
     Raises:
         UsageError: A genotype is invalid.
@@ -144,6 +146,9 @@ def save_genotype(
         if restricted is not None:
             entries = [f'    "{m}": {genotype_to_json(g, 4)}' for m, g in restricted.items()]
             fields.append('"restricted": {\n' + ",\n".join(entries) + "\n  }")
+        for name, value in (facts or {}).items():
+            text = json.dumps(value, indent=2).replace("\n", "\n  ")
+            fields.append(f"{json.dumps(name)}: {text}")
         text = "{\n  " + ",\n  ".join(fields) + "\n}"
     write_atomically(Path(path), (text + "\n").encode())
 

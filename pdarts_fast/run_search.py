@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shlex
 import sys
@@ -15,7 +16,7 @@ from pdarts_fast.capture.cuda import check_cuda_graphs
 from pdarts_fast.config import SearchConfig, differing, preset, validate
 from pdarts_fast.data import Dataset, load_dataset, split_indices
 from pdarts_fast.distributed import Ranks, joined
-from pdarts_fast.errors import RunError
+from pdarts_fast.errors import RunError, UsageError
 from pdarts_fast.kernels import backends
 from pdarts_fast.run.clock import REPORT, Clock
 from pdarts_fast.run.directory import RunDirectory, default_run_dir, read_config, require_usable
@@ -35,8 +36,13 @@ from pdarts_fast.run.setup import (
 )
 from pdarts_fast.run.shared import for_this_attempt, load_on_all, open_run
 from pdarts_fast.run.signals import Interrupted, StopRequest
+from pdarts_fast.run_select import SELECTION_FOLDER, select
 from pdarts_fast.search import Search
+from pdarts_fast.search_result import write_genotypes
 from pdarts_fast.search_space import Derivation
+from pdarts_fast.strategies.base import Strategy
+from pdarts_fast.strategies.choose import make_strategy
+from pdarts_fast.strategies.rapdarts import make_costs, write_costs
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +74,8 @@ def run_search(config: SearchConfig) -> Path:
 def _check(config: SearchConfig, path: Path, ranks: Ranks) -> torch.device:
     """The device, after the checks that need no data."""
     check_batch_size(config.batch_size, ranks.size)
+    if ranks.size > 1:
+        _require_shareable(config)
     require_usable(path, resume=config.resume, overwrite=config.overwrite)
     if config.resume:
         _require_same_settings(config, path)
@@ -79,6 +87,16 @@ def _check(config: SearchConfig, path: Path, ranks: Ranks) -> torch.device:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     return device
+
+
+def _require_shareable(config: SearchConfig) -> None:
+    """Refuse what decides by losses of batches that each process has only a part of."""
+    for flag, chosen in (
+        ("--strategy opp", config.strategy == "opp"),
+        ("--select perturbation", config.select == "perturbation"),
+    ):
+        if chosen:
+            raise UsageError(f"{flag} runs in one process: start it without torchrun")
 
 
 def _load(config: SearchConfig) -> Dataset:
@@ -101,10 +119,17 @@ def _run(
 ) -> Path:
     """The search of a configuration that has passed the checks."""
     dataset = load_on_all(ranks, config.download, lambda: _load(config))
+    resumed = path if config.resume else None
+    costs = ranks.first(lambda: make_costs(config, dataset.num_classes, device, resumed))
     run = open_run(ranks, path, config)
     try:
         with StopRequest(ranks.agree if ranks.size > 1 else None) as stop:
-            derivation = _search(config, dataset, run, device, stop, ranks, clock)
+            if costs is not None and run.writes:
+                write_costs(costs, path)
+            strategy = make_strategy(config, device, costs)
+            derivation = _search(config, dataset, run, device, strategy, stop, ranks, clock)
+            if config.select == "perturbation":
+                derivation = _select(config, dataset, run, device, stop, ranks)
         if run.writes:
             _write_outputs(path, derivation, config, clock)
     except Interrupted as signal:
@@ -132,13 +157,16 @@ def _search(
     dataset: Dataset,
     run: RunDirectory,
     device: torch.device,
+    strategy: Strategy,
     stop: StopRequest,
     ranks: Ranks,
     clock: Clock,
 ) -> Derivation:
     display = make_display(ranks.is_first)
     try:
-        search = ranks.together(lambda: Search(config, dataset, run, device, display, ranks, clock))
+        search = ranks.together(
+            lambda: Search(config, dataset, run, device, display, strategy, ranks, clock)
+        )
         if search.resumed:
             position = search.state.position
             display.message(f"goes on in {run.path} after {position.global_step} steps")
@@ -150,6 +178,21 @@ def _search(
         return search.run(stop)
     finally:
         display.close()
+
+
+def _select(
+    config: SearchConfig,
+    dataset: Dataset,
+    run: RunDirectory,
+    device: torch.device,
+    stop: StopRequest,
+    ranks: Ranks,
+) -> Derivation:
+    """Let a selection on the last supernet take the place of the result by alphas."""
+    started = (run.path / SELECTION_FOLDER / "config.json").is_file()
+    resume = config.resume and started
+    result = select(config, dataset, run.path, device, stop, resume=resume, overwrite=not resume)
+    return write_genotypes(run, ranks, result, config.max_skips)
 
 
 def _description(
@@ -166,7 +209,8 @@ def _description(
 
 def search_command(config: SearchConfig) -> str:
     """The command line that gives `config`: its preset and the flags that differ from it."""
-    return command_line(config, config.preset, preset(config.preset))
+    base = dataclasses.replace(preset(config.preset, config.strategy), strategy="pdarts")
+    return command_line(config, config.preset, base)
 
 
 def train_command(run_dir: Path) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,6 @@ from pdarts_fast.run.environment import peak_memory_mib
 from pdarts_fast.run.metrics import MetricsLog
 from pdarts_fast.run.progress import Display, RemainingTime, Status
 from pdarts_fast.run.signals import Interrupted, StopRequest
-from pdarts_fast.schedule import learning_rate, skip_dropout
 from pdarts_fast.search_result import write_genotypes, write_stage
 from pdarts_fast.search_space import Derivation
 from pdarts_fast.search_state import (
@@ -36,11 +36,12 @@ from pdarts_fast.search_state import (
 )
 from pdarts_fast.shared_step import collect_state, share_step
 from pdarts_fast.step import WEIGHTS, Averages, Meter, SearchStep
+from pdarts_fast.strategies.base import Strategy
 from pdarts_fast.supernet import Network
 
 
 class Search:
-    """One P-DARTS search in one run directory.
+    """One search in one run directory: the stages of P-DARTS or what its strategy makes of them.
 
     Args:
         config: A validated configuration.
@@ -48,6 +49,7 @@ class Search:
         run: Open run directory; holds the checkpoint to go on from, if any.
         device: Where the supernet runs.
         display: What the user sees.
+        strategy: What it asks where strategies differ.
         ranks: The processes that make this search together.
         clock: Told where the time goes.
 
@@ -65,10 +67,12 @@ class Search:
         run: RunDirectory,
         device: torch.device,
         display: Display,
+        strategy: Strategy,
         ranks: Ranks = SINGLE,
         clock: Clock | None = None,
     ) -> None:
         self.config = config
+        self.strategy = strategy
         self.ranks = ranks
         self.dataset = dataset
         self.run_dir = run
@@ -84,6 +88,8 @@ class Search:
         saved = load_state(config, self._facts, run)
         self.resumed = saved is not None
         self.state = saved or SearchState(Position(), search_space.all_switches(), [])
+        if self.state.strategy:
+            strategy.load_state_dict(self.state.strategy)
         self.metrics = MetricsLog(
             run.metrics,
             run.path / "tensorboard" if config.tensorboard and run.writes else None,
@@ -114,7 +120,8 @@ class Search:
                 self._run_stage()
         finally:
             self.metrics.close()
-        return write_genotypes(self.run_dir, self.ranks, self.state.finished, self.config.max_skips)
+        result = self.strategy.result(self.state.finished)
+        return write_genotypes(self.run_dir, self.ranks, result, self.config.max_skips)
 
     def _run_stage(self) -> None:
         config, position = self.config, self.state.position
@@ -122,10 +129,7 @@ class Search:
         weights = self._loader("weights", self._weight_indices)
         alphas = self._loader("alphas", self._alpha_indices)
         while position.epoch < config.epochs:
-            step.set_epoch(
-                learning_rate(config, position.epoch),
-                skip_dropout(config, position.stage, position.epoch),
-            )
+            self._begin_epoch(step)
             self._train_epoch(step, weights, alphas)
             self._end_epoch(step, self.ranks.without_repeats(alphas, config.batch_size))
         step.close()
@@ -150,7 +154,9 @@ class Search:
             backend=config.backend,
         ).to(self.device)
         network.train()
-        step = SearchStep(network, config, self.device)
+        resumed = state.stage_state is not None
+        self.strategy.start_stage(network, state.switches, resumed=resumed)
+        step = SearchStep(network, config, self.device, self.strategy.alpha_term)
         if state.stage_state is not None:
             step.load_state_dict(state.stage_state)
             restore_random(state, self.device)
@@ -186,6 +192,32 @@ class Search:
             rank=self.ranks.rank,
             world_size=self.ranks.size,
         )
+
+    def _begin_epoch(self, step: SearchStep) -> None:
+        """Let the strategy change the supernet, if no step of the epoch is done; set the rates."""
+        position = self.state.position
+        if position.step == 0:
+            start = time.perf_counter()
+            changes = self._write_records(
+                self.strategy.begin_epoch(position.epoch, step, self._trial, self._raise_if_stopped)
+            )
+            if changes:
+                step.invalidate()
+            position.stage_seconds += time.perf_counter() - start
+        self.strategy.set_epoch(position.epoch)
+        rates = self._rates()
+        step.set_epoch(rates["lr"], rates["dropout"])
+
+    def _trial(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._loader("trials", self._weight_indices).epoch(number)
+
+    def _write_records(self, records: Iterable[dict[str, Any]]) -> int:
+        """Write what a strategy has to say; how many records that was."""
+        written = 0
+        for record in records:
+            self.metrics.write({"kind": record["kind"], **self._where(), **record})
+            written += 1
+        return written
 
     def _alpha_batches(self, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of the alpha half without end, from where the current step needs them."""
@@ -238,6 +270,7 @@ class Search:
     def _save(self, step: SearchStep | None) -> None:
         if step is not None:
             collect_state(step, self.ranks)
+        self.state.strategy = self.strategy.state_dict()
         save_state(self.state, step, self.config, self._facts, self.run_dir, self.device)
 
     def _raise_if_stopped(self) -> None:
@@ -265,19 +298,13 @@ class Search:
         return averages
 
     def _where(self) -> dict[str, int]:
-        position = self.state.position
-        return {
-            "stage": position.stage + 1,
-            "epoch": position.epoch,
-            "step": position.global_step,
-        }
+        at = self.state.position
+        return {"stage": at.stage + 1, "epoch": at.epoch, "step": at.global_step}
 
     def _rates(self) -> dict[str, float]:
-        config, position = self.config, self.state.position
-        return {
-            "lr": learning_rate(config, position.epoch),
-            "dropout": skip_dropout(config, position.stage, position.epoch),
-        }
+        stage, epoch = self.state.position.stage, self.state.position.epoch
+        rates = {"lr": self.strategy.learning_rate(epoch)}
+        return rates | {"dropout": self.strategy.skip_dropout(stage, epoch)}
 
     def _log_interval(self, step: SearchStep) -> None:
         self.clock.wait(self.device)
@@ -326,7 +353,8 @@ class Search:
         """
         position = self.state.position
         weights, alpha = self._take(step.epoch_meter)
-        values = alphas_of(step.network)
+        trained = alphas_of(step.network)
+        switches, values = self.strategy.visible(self.state.switches, trained)
         self.metrics.write(
             {
                 "kind": "epoch",
@@ -344,7 +372,8 @@ class Search:
                 "peak_memory_mib": peak_memory_mib(self.device),
             }
         )
-        self.run_dir.alphas.write(alphas_record(position, self.state.switches, values))
+        self.run_dir.alphas.write(alphas_record(position, switches, values))
+        self._write_records(self.strategy.end_epoch(self.state.switches, trained))
         self.clock.lap(LOGGING)
         if position.epoch >= self.config.epochs - self.config.validation_epochs:
             self._validate(step, alphas)

@@ -8,7 +8,6 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import nn
 
-from pdarts_fast import search_space
 from pdarts_fast.alphas import save_alphas
 from pdarts_fast.distributed import Ranks
 from pdarts_fast.errors import RunError
@@ -17,6 +16,7 @@ from pdarts_fast.run.directory import RunDirectory
 from pdarts_fast.run.files import write_atomically
 from pdarts_fast.search_space import Alphas, Derivation
 from pdarts_fast.shared_step import require_same
+from pdarts_fast.strategies.base import Result
 
 
 def write_supernet(path: Path, network: nn.Module) -> None:
@@ -55,22 +55,20 @@ def write_stage(
         save_alphas(run.path / "alphas.json", finished)
 
 
-def write_genotypes(
-    run: RunDirectory, ranks: Ranks, finished: Sequence[Alphas], max_skips: int
-) -> Derivation:
-    """Derive the genotypes of a search and write genotype.json.
+def write_genotypes(run: RunDirectory, ranks: Ranks, result: Result, max_skips: int) -> Derivation:
+    """Write the genotypes of a search into genotype.json.
 
     Args:
         run: Run directory to write into.
         ranks: The processes that have made the search.
-        finished: Alphas at the end of each stage, raw (before softmax).
+        result: What the strategy derived.
         max_skips: Skips allowed in the normal cell of the result.
 
     Raises:
         RunError: No cell has that few skips, the ranks have found different cells, or the file
             cannot be written.
     """
-    derivation = search_space.derive(finished)
+    derivation = result.derivation
     ranks.require_equal("the genotypes", repr(derivation))
     if max_skips not in derivation.restricted:
         message = (
@@ -86,5 +84,6 @@ def write_genotypes(
         max_skips=max_skips,
         unrestricted=derivation.genotype,
         restricted=derivation.restricted,
+        facts=result.facts,
     )
     return derivation

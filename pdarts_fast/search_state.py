@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,7 @@ class SearchState:
         stage_state: Network, optimisers and sums of the stage in training as they were in the
             checkpoint; None at the start of a stage.
         random: Random generators as they were in the checkpoint; None in a new search.
+        strategy: State of the strategy as it was in the checkpoint; empty in a new search.
     """
 
     position: Position
@@ -69,6 +70,7 @@ class SearchState:
     finished: list[Alphas]
     stage_state: dict[str, Any] | None = None
     random: dict[str, Any] | None = None
+    strategy: dict[str, Any] = field(default_factory=dict)
 
 
 def alphas_of(network: Network) -> Alphas:
@@ -103,6 +105,7 @@ def save_state(
             "finished": [{k: torch.from_numpy(v) for k, v in a.items()} for a in state.finished],
             "stage_state": None if step is None else step.state_dict(),
             "random": random_state(device),
+            "strategy": state.strategy,
             "files": run.file_lengths(),
         }
     )
@@ -131,6 +134,7 @@ def load_state(
         finished=[{k: v.numpy() for k, v in alphas.items()} for alphas in saved["finished"]],
         stage_state=saved["stage_state"],
         random=saved["random"],
+        strategy=saved.get("strategy", {}),
     )
 
 

@@ -83,6 +83,9 @@ def _convert(value: Any, default: Any, wanted: str, wrong: UsageError) -> Any:
     if isinstance(default, tuple):
         if not isinstance(value, list):
             raise wrong
+        if "str" in wanted:
+            _require(all(isinstance(one, str) for one in value), wrong)
+            return tuple(value)
         kind = type(default[0])
         if not all(_is_number(v) and (kind is float or isinstance(v, int)) for v in value):
             raise wrong
@@ -156,10 +159,12 @@ def differing(saved: Mapping[str, Any], config: Settings) -> list[str]:
         One text a flag, ``--epochs (3, now 5)``.
     """
     now = to_json(config)
+    # A run of a version without the flag is what the flag's default stands for.
+    before = {**to_json(type(config)()), **saved}
     return [
-        f"{flag(name)} ({saved.get(name)}, now {now[name]})"
+        f"{flag(name)} ({before[name]}, now {now[name]})"
         for name in now
-        if name not in config.execution_fields and saved.get(name) != now[name]
+        if name not in config.execution_fields and before[name] != now[name]
     ]
 
 

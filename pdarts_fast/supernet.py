@@ -196,6 +196,8 @@ class Network(nn.Module):
         alphas_normal: Architecture parameters of normal cells, float32 ``[edges, k]``, drawn as
             1e-3·N(0,1) from numpy's global random state after all weights.
         alphas_reduce: Those of reduction cells, drawn next.
+        mixing: ``mixing(cell type, alphas [edges, k]) -> weights [edges, k]``, how alphas become
+            weights of operations; None for a softmax. What it reads may change in place only.
         p: Skip dropout rate; takes effect with ``update_p``.
 
     Raises:
@@ -234,6 +236,7 @@ class Network(nn.Module):
         self.p = float(p)
         self._has_skip_dropout = self.p > 0
         self.skip_dropout = DropoutControl(self.p, torch.initial_seed())
+        self.mixing: Callable[[str, Tensor], Tensor] | None = None
         self._requested_backend = backend
         self._backend_of_device: dict[str, str] = {}
 
@@ -283,15 +286,17 @@ class Network(nn.Module):
         self._use_backend_of(x.device.type)
         if self.training and self._has_skip_dropout:
             self.skip_dropout.advance()
-        weights_normal = self._edge_weights(self.alphas_normal)
-        weights_reduce = self._edge_weights(self.alphas_reduce)
+        weights_normal = self._edge_weights(self.alphas_normal, "normal")
+        weights_reduce = self._edge_weights(self.alphas_reduce, "reduce")
         s0 = s1 = self.stem(x)
         for cell in self.cells:
             s0, s1 = s1, cell(s0, s1, weights_reduce if cell.reduction else weights_normal)
         return self.classifier(self.global_pooling(s1).flatten(1))
 
-    def _edge_weights(self, alphas: Tensor) -> Tensor:
+    def _edge_weights(self, alphas: Tensor, kind: str = "normal") -> Tensor:
         """Softmax over an edge's primitives; over the edges if each has only one."""
+        if self.mixing is not None:
+            return self.mixing(kind, alphas)
         return F.softmax(alphas, dim=-1 if self._num_ops > 1 else 0)
 
     def _loss(self, input: Tensor, target: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from pdarts_fast.run.signals import StopRequest
 from pdarts_fast.search import Search
 from pdarts_fast.search_space import all_switches
 from pdarts_fast.step import SearchStep
+from pdarts_fast.strategies.base import Strategy
 from pdarts_fast.supernet import Network
 
 pytestmark = pytest.mark.skipif(
@@ -78,7 +79,8 @@ def search(backend: str, folder: Path) -> tuple[list[dict[str, np.ndarray]], obj
     run = RunDirectory(config.run_dir, resume=False, overwrite=False)
     display = make_display()
     try:
-        made = Search(config, dataset(config), run, torch.device("cpu"), display)
+        device = torch.device("cpu")
+        made = Search(config, dataset(config), run, device, display, Strategy(config, device))
         with StopRequest() as stop:
             made.run(stop)
     finally:

@@ -26,6 +26,7 @@ RUN_FILES = [
     ALPHAS,
     "alphas.json",
     "genotype.json",
+    "costs.json",
     "report.html",
     "cell-normal.svg",
     "cell-normal.png",
@@ -34,7 +35,7 @@ RUN_FILES = [
     "weights-best.safetensors",
     "weights-last.safetensors",
 ]
-RUN_FOLDERS = ("checkpoints", "tensorboard")
+RUN_FOLDERS = ("checkpoints", "tensorboard", "select-perturbation")
 SUPERNETS = "supernet-stage*.safetensors"
 
 

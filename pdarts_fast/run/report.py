@@ -14,8 +14,11 @@ from pdarts_fast.run.files import write_atomically
 from pdarts_fast.run.palette import css_variables
 from pdarts_fast.run.report_charts import CELL_NAMES, alpha_figures, alpha_legend, curve_figures
 from pdarts_fast.run.report_data import RunData, read_run
+from pdarts_fast.run.report_strategy import strategy_sections
 
 REPORT_FILE = "report.html"
+SELECTION = "select"
+"""What config.json of a selection says it is: it has a result, but no stages of its own."""
 
 
 def write_report(run_dir: Path | str, *, train_command: str | None = None) -> Path:
@@ -40,17 +43,18 @@ def write_report(run_dir: Path | str, *, train_command: str | None = None) -> Pa
 
 def render_report(data: RunData, *, train_command: str | None = None) -> str:
     """Returns the report of a run as HTML; arguments as in `write_report`."""
+    selected = data.info.get("kind") == SELECTION
     main = [
         _result(data, train_command),
         _restricted(data),
+        _strategy(data),
         _alphas(data),
-        section("curves", "Training curves", _curves(data)),
-        section("time", "Time per stage", _time(data)),
+        *([] if selected else _course(data)),
         section("configuration", "Configuration", configuration(data)),
     ]
     return page(
         data,
-        title=f"Search on {sections.dataset_name(data)}",
+        title=f"{'Selection' if selected else 'Search'} on {sections.dataset_name(data)}",
         finished=data.genotype is not None,
         notice=_notice(data),
         tiles=sections.tiles(data),
@@ -124,9 +128,10 @@ def _links(data: RunData) -> list[tuple[str, str]]:
     links = [
         ("result", "Result", data.genotype is not None),
         ("skips", "Skips", bool(data.restricted)),
+        *((name, title, True) for name, title, _ in strategy_sections(data)),
         ("alphas", "Operations", bool(data.alphas)),
-        ("curves", "Curves", True),
-        ("time", "Time", True),
+        ("curves", "Curves", data.info.get("kind") != SELECTION),
+        ("time", "Time", data.info.get("kind") != SELECTION),
         ("configuration", "Configuration", True),
     ]
     return [(target, text) for target, text, there in links if there]
@@ -153,6 +158,11 @@ def _restricted(data: RunData) -> str:
     return section("skips", "Skip restriction", body)
 
 
+def _strategy(data: RunData) -> str:
+    """Returns what only some strategies have: costs, additions, decisions."""
+    return "".join(section(name, title, body) for name, title, body in strategy_sections(data))
+
+
 def _alphas(data: RunData) -> str:
     if not data.alphas:
         return ""
@@ -168,6 +178,14 @@ def _alphas(data: RunData) -> str:
     )
     body = f'<p class="lead">{note}{used}</p>{alpha_legend(data)}{grids}'
     return section("alphas", "Operations on each edge", body)
+
+
+def _course(data: RunData) -> list[str]:
+    """Returns the sections of what happened epoch by epoch and stage by stage."""
+    return [
+        section("curves", "Training curves", _curves(data)),
+        section("time", "Time per stage", _time(data)),
+    ]
 
 
 def _curves(data: RunData) -> str:

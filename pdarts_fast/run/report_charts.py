@@ -22,7 +22,7 @@ def percent(value: float) -> str:
 
 def curve_figures(data: RunData) -> str:
     """Returns the figures of loss, accuracy, entropy and schedules over the epochs."""
-    frame = _frame(data)
+    frame = epoch_frame(data)
     epochs, validations = data.epochs, data.validations
 
     def of(records: Sequence[Record], key: str) -> list[list[tuple[float, float | None]]]:
@@ -90,7 +90,7 @@ def alpha_figures(data: RunData, kind: str) -> str:
         p for line in shares for edge in line["edges"] for p in edge.values() if math.isfinite(p)
     ]
     highest = max(finite, default=1.0)
-    wide = _frame(data)
+    wide = epoch_frame(data)
     frame = small_frame(
         wide.x_range,
         (0.0, min(1.0, max(highest * 1.05, 0.25))),
@@ -143,7 +143,7 @@ def state_name(state: int, *, html: bool = True) -> str:
     return f"c<sub>{text}</sub>" if html else f"c_{text}"
 
 
-def _frame(data: RunData) -> Frame:
+def epoch_frame(data: RunData) -> Frame:
     """Returns a frame over all epochs, planned ones included, with a rule before each stage."""
     records = [*data.epochs, *data.alphas]
     last = max((data.offset(r["stage"]) + r["epoch"] + 1 for r in records), default=1)

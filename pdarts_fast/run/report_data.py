@@ -26,6 +26,9 @@ class RunData:
         genotype: the result, or None while the search is unfinished.
         max_skips: skips allowed in the normal cell of the result, if known.
         restricted: genotype for each number of skips allowed, largest number first.
+        costs: metrics records of kind ``cost`` in order of stage and epoch.
+        operations: metrics records of kind ``operation``, in the same order.
+        result: content of ``genotype.json``, empty while the search is unfinished.
         incomplete_lines: lines cut off at the end of a file by a search that was stopped.
     """
 
@@ -38,6 +41,9 @@ class RunData:
     genotype: Genotype | None = None
     max_skips: int | None = None
     restricted: dict[int, Genotype] = field(default_factory=dict)
+    costs: list[Record] = field(default_factory=list)
+    operations: list[Record] = field(default_factory=list)
+    result: Record = field(default_factory=dict)
     incomplete_lines: int = 0
 
     @property
@@ -103,6 +109,8 @@ def read_run(run_dir: Path) -> RunData:
     data.incomplete_lines = cut_metrics + cut_alphas
     data.epochs = in_order(metrics, "epoch")
     data.validations = in_order(metrics, "validation")
+    data.costs = in_order(metrics, "cost")
+    data.operations = in_order(metrics, "operation")
     data.stages = {record["stage"]: record for record in metrics if record["kind"] == "stage"}
     data.alphas = in_order([record | {"kind": "alphas"} for record in alphas], "alphas")
     if (run_dir / "genotype.json").is_file():
@@ -111,7 +119,7 @@ def read_run(run_dir: Path) -> RunData:
 
 
 def _read_result(data: RunData, path: Path) -> None:
-    content = read_json(path)
+    data.result = content = read_json(path)
     data.genotype = check_genotype(content.get("genotype"), f"{path}: genotype")
     data.max_skips = content.get("max_skips")
     restricted = content.get("restricted") or {}

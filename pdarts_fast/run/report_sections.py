@@ -232,7 +232,7 @@ def restricted_table(data: RunData) -> str:
             )
         rows.append(f"<tr{' class=result' if result else ''}>{''.join(cells)}</tr>")
         before = genotype
-    return _table("Normal cell for every number of skips allowed", head, rows)
+    return table("Normal cell for every number of skips allowed", head, rows)
 
 
 def _chip(op: str, source: int) -> str:
@@ -292,7 +292,7 @@ def stage_table(data: RunData) -> str:
         ]
         values = "".join(f'<td class="number">{escape(str(cell))}</td>' for cell in cells)
         rows.append(f'<tr><th scope="row">{stage}</th>{values}</tr>')
-    return _table("Stages of the search", head, rows, numbers=True)
+    return table("Stages of the search", head, rows, numbers=True)
 
 
 def _planned(data: RunData, record: Record, stage: int, key: str, setting: str) -> Any:
@@ -333,7 +333,7 @@ def _pairs(title: str, values: Record) -> str:
         f'<tr><th scope="row">{escape(str(key))}</th><td>{escape(_written(value))}</td></tr>'
         for key, value in values.items()
     ]
-    return _table(title, ["Name", "Value"], rows, shown_caption=True)
+    return table(title, ["Name", "Value"], rows, shown_caption=True)
 
 
 def _written(value: Any) -> str:
@@ -350,7 +350,7 @@ def _written(value: Any) -> str:
     return str(value)
 
 
-def _table(
+def table(
     caption: str,
     head: Sequence[str],
     rows: Iterable[str],
