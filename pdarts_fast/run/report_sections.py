@@ -134,7 +134,7 @@ def cell_figures(genotype: Genotype) -> str:
         ("normal", genotype.normal, genotype.normal_concat),
         ("reduce", genotype.reduce, genotype.reduce_concat),
     ):
-        text = f"{CELL_NAMES[kind]}: {_spoken_cell(cell)}"
+        text = f"{CELL_NAMES[kind]}: {spoken_cell(cell)}"
         svg = cell_svg_inline(cell, concat, prefix=kind, description=escape(text))
         figures.append(
             f'<figure class="card"><figcaption><h3>{CELL_NAMES[kind]}</h3></figcaption>'
@@ -144,7 +144,8 @@ def cell_figures(genotype: Genotype) -> str:
     return "".join(figures)
 
 
-def _spoken_cell(cell: Sequence[tuple[str, int]]) -> str:
+def spoken_cell(cell: Sequence[tuple[str, int]]) -> str:
+    """Describes a cell in words, for a screen reader."""
     nodes = []
     for node in range(len(cell) // 2):
         pair = cell[2 * node : 2 * node + 2]
@@ -215,14 +216,15 @@ def restricted_table(data: RunData) -> str:
             old = before.normal[2 * node : 2 * node + 2] if before else pair
             changed = ' class="changed"' if old != pair else ""
             cells.append(
-                f"<td{changed}>{'<br>'.join(_chip(op, source) for op, source in pair)}</td>"
+                f"<td{changed}>{'<br>'.join(chip(op, source) for op, source in pair)}</td>"
             )
         rows.append(f"<tr{' class=result' if result else ''}>{''.join(cells)}</tr>")
         before = genotype
-    return _table("Normal cell for every number of skips allowed", head, rows)
+    return table("Normal cell for every number of skips allowed", head, rows)
 
 
-def _chip(op: str, source: int) -> str:
+def chip(op: str, source: int) -> str:
+    """Returns an operation in its colour, with the state that it reads."""
     return (
         f'<span class="chip" style="--op:var({op_variable(op)})">{escape(op_label(op))}</span> '
         f'<span class="from">{state_name(source)}</span>'
@@ -279,7 +281,7 @@ def stage_table(data: RunData) -> str:
         ]
         values = "".join(f'<td class="number">{escape(str(cell))}</td>' for cell in cells)
         rows.append(f'<tr><th scope="row">{stage}</th>{values}</tr>')
-    return _table("Stages of the search", head, rows, numbers=True)
+    return table("Stages of the search", head, rows, numbers=True)
 
 
 def _planned(data: RunData, record: Record, stage: int, key: str, setting: str) -> Any:
@@ -320,7 +322,7 @@ def _pairs(title: str, values: Record) -> str:
         f'<tr><th scope="row">{escape(str(key))}</th><td>{escape(_written(value))}</td></tr>'
         for key, value in values.items()
     ]
-    return _table(title, ["Name", "Value"], rows, shown_caption=True)
+    return table(title, ["Name", "Value"], rows, shown_caption=True)
 
 
 def _written(value: Any) -> str:
@@ -337,7 +339,7 @@ def _written(value: Any) -> str:
     return str(value)
 
 
-def _table(
+def table(
     caption: str,
     head: Sequence[str],
     rows: Iterable[str],
