@@ -40,7 +40,8 @@ def write_sweep_report(path: Path) -> Path:
 
 def render(folder: SweepDirectory, plan: Plan, summary: SweepSummary) -> str:
     """Returns the page of a sweep as HTML."""
-    first = next(iter(summary.data.values()), RunData(folder.path, {}))
+    planned = RunData(folder.path, {"config": plan.runs[0].settings})
+    first = next(iter(summary.data.values()), planned)
     ended = len(summary.with_status("finished", "failed")) == len(summary.runs)
     bodies = [
         ("comparison", "Comparison", _comparison(summary)),
@@ -53,7 +54,7 @@ def render(folder: SweepDirectory, plan: Plan, summary: SweepSummary) -> str:
     about = RunData(folder.path, {"created": folder.created()})
     return page(
         about,
-        title=f"Sweep on {sections.dataset_name(first)}" if summary.data else "Sweep",
+        title=f"Sweep on {sections.dataset_name(first)}",
         finished=ended,
         notice=_notice(folder, summary),
         tiles=_tiles(summary, first),
@@ -64,9 +65,7 @@ def render(folder: SweepDirectory, plan: Plan, summary: SweepSummary) -> str:
 
 def _notice(folder: SweepDirectory, summary: SweepSummary) -> str:
     failed = summary.with_status("failed")
-    notes = [
-        f"{run.name} failed: {run.error or 'no reason given'} Log: {run.log}" for run in failed
-    ]
+    notes = [f"{run.name} failed ({run.error}). Its log: {run.log}" for run in failed]
     left = len(summary.runs) - len(failed) - len(summary.with_status("finished"))
     if left:
         notes.append(
@@ -129,7 +128,8 @@ def _comparison(summary: SweepSummary) -> str:
     note = (
         "Mean ± sample standard deviation over the finished runs of each setting. Feasible: share "
         "of the runs that ended with a valid cell, within its targets where the search has some. "
-        "Operations shared: same operation on the same edge, mean over pairs of seeds."
+        "Shared: share of the operations that a pair of seeds has alike, on the same edge (mean "
+        "over the pairs). Times are means."
     )
     if summary.scale is not None:
         scale = summary.scale

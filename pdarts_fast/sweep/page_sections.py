@@ -19,6 +19,8 @@ from pdarts_fast.sweep.summary import RunSummary, SettingSummary, SweepSummary
 NOTHING = sections.NOTHING
 # More runs than that: only the best cell of each setting is unfolded.
 _UNFOLDED = 3
+# More seeds than that: the tables of both cells do not fit side by side.
+_NARROW = 3
 
 
 def percent(share: float | None) -> str:
@@ -64,12 +66,12 @@ def comparison_table(summary: SweepSummary) -> str:
         ("Feasible", lambda one: whole_percent(one.feasible_fraction)),
         ("Parameters", lambda one: spread_text(one.parameters, count)),
         ("Multiply-adds", lambda one: spread_text(one.multiply_adds, count)),
-        ("Operations shared, normal", lambda one: _shared(one, "normal")),
-        ("Operations shared, reduction", lambda one: _shared(one, "reduce")),
-        ("Search time", lambda one: spread_text(one.search_seconds, seconds)),
+        ("Shared, normal cell", lambda one: _shared(one, "normal")),
+        ("Shared, reduction", lambda one: _shared(one, "reduce")),
+        ("Search time", lambda one: seconds(one.search_seconds.mean)),
     ]
     if summary.trained:
-        columns.append(("Training time", lambda one: spread_text(one.train_seconds, seconds)))
+        columns.append(("Training time", lambda one: seconds(one.train_seconds.mean)))
     rows = []
     for setting in summary.settings:
         cells = "".join(f'<td class="number">{escape(write(setting))}</td>' for _, write in columns)
@@ -119,7 +121,7 @@ def run_table(summary: SweepSummary, reports: set[str]) -> str:
             name = f'<a href="{quote(run.run_dir)}/report.html">{name}</a>'
         mark = ' <span class="badge">best</span>' if run.name in best else ""
         state = f'<span class="status {_state_class(run)}">{escape(run.status)}</span>'
-        rows.append(f'<tr><th scope="row">{name}{mark}</th><td>{state}</td>{cells}</tr>')
+        rows.append(f'<tr><th scope="row">{name}{mark}</th><td class="number">{state}</td>{cells}</tr>')
     return sections.table("All runs", head, rows, numbers=True)
 
 
@@ -173,7 +175,7 @@ def cell_drawings(summary: SweepSummary) -> str:
     """Returns the drawings of every derived cell, folded where there are many."""
     runs = [run for run in summary.runs if run.genotype is not None]
     best = {setting.best for setting in summary.settings}
-    drawn: dict[str, str] = {}
+    drawn: dict[str, tuple[int, str]] = {}
     parts = []
     for number, run in enumerate(runs):
         assert run.genotype is not None
@@ -182,10 +184,13 @@ def cell_drawings(summary: SweepSummary) -> str:
         mark = ' <span class="badge">best</span>' if run.name in best else ""
         head = f"{escape(run.name)}{mark} <span class=note>{escape(note)}</span>"
         if key in drawn:
-            body = f'<p class="lead">The same cells as {escape(drawn[key])}.</p>'
+            place, name = drawn[key]
+            same = f'<a href="#cells-{place}">{escape(name)}</a>'
+            body = f'<p class="lead">The same cells as {same}.</p>'
         else:
-            drawn[key] = run.name
-            body = f'<div class="cells">{_cells(run.genotype, number, run.name)}</div>'
+            drawn[key] = (number, run.name)
+            cells = _cells(run.genotype, number, run.name)
+            body = f'<div class="cells" id="cells-{number}">{cells}</div>'
         unfolded = " open" if len(runs) <= _UNFOLDED or run.name in best else ""
         parts.append(
             f'<details class="run-cells"{unfolded}><summary>{head}</summary>{body}</details>'
@@ -227,7 +232,8 @@ def agreement_tables(summary: SweepSummary) -> str:
         if tables:
             name = setting_name(setting.setting)
             title = f'<h3 class="grid-title">{escape(name)}</h3>' if name else ""
-            parts.append(f'{title}<div class="agreements">{"".join(tables)}</div>')
+            wide = " wide" if len(names) > _NARROW else ""
+            parts.append(f'{title}<div class="agreements{wide}">{"".join(tables)}</div>')
     return "".join(parts)
 
 
@@ -240,13 +246,13 @@ def _agreement_table(kind: str, found: CellAgreement, runs: Sequence[str]) -> st
         )
         rows.append(
             f'<tr><th scope="row">{state_name(edge.source)} → {edge.node}</th>'
-            f"{cells}<td>{_meter(edge)}</td></tr>"
+            f"<td>{_meter(edge)}</td>{cells}</tr>"
         )
     note = (
         f"{whole_percent(found.shared)} of the operations shared by a pair of seeds, "
         f"{whole_percent(found.mean)} of the edges alike"
     )
-    head = ["Edge", *runs, "Pairs alike"]
+    head = ["Edge", "Pairs alike", *runs]
     caption = f"{CELL_NAMES[kind]}, edge by edge"
     return (
         f'<figure class="card"><figcaption><h3>{CELL_NAMES[kind]}</h3>'
