@@ -121,7 +121,9 @@ def run_table(summary: SweepSummary, reports: set[str]) -> str:
             name = f'<a href="{quote(run.run_dir)}/report.html">{name}</a>'
         mark = ' <span class="badge">best</span>' if run.name in best else ""
         state = f'<span class="status {_state_class(run)}">{escape(run.status)}</span>'
-        rows.append(f'<tr><th scope="row">{name}{mark}</th><td class="number">{state}</td>{cells}</tr>')
+        rows.append(
+            f'<tr><th scope="row">{name}{mark}</th><td class="number">{state}</td>{cells}</tr>'
+        )
     return sections.table("All runs", head, rows, numbers=True)
 
 

@@ -11,10 +11,10 @@ from typing import Any
 from pdarts_fast.config import SearchConfig
 from pdarts_fast.cost import Cost, Scale, genotype_cost
 from pdarts_fast.errors import RunError
-from pdarts_fast.genotype import Genotype, count_skips
+from pdarts_fast.genotype import GENOTYPE_FILE, Genotype, count_skips
 from pdarts_fast.network import NetworkCIFAR, NetworkImageNet
 from pdarts_fast.run.files import write_json
-from pdarts_fast.run.report_data import RunData, read_run
+from pdarts_fast.run.report_data import RunData, read_json, read_run
 from pdarts_fast.run.train_report import best_validation, read_training
 from pdarts_fast.run_train import then_train
 from pdarts_fast.search_space import CELL_TYPES
@@ -250,7 +250,8 @@ def _add_search(run: RunSummary, planned: PlannedRun, data: RunData, summary: Sw
     run.genotype, run.skips = data.genotype, count_skips(data.genotype.normal)
     cost = _cost(*(_hashable(cell) for cell in data.genotype), scale)
     run.parameters, run.multiply_adds = cost.parameters, cost.multiply_adds
-    run.feasible = meets_targets(planned.settings.get("target") or (), cost, data)
+    targets = planned.settings.get("target") or ()
+    run.feasible = meets_targets(targets, cost, read_json(data.path / GENOTYPE_FILE))
 
 
 def _add_training(run: RunSummary, data: RunData) -> None:

@@ -145,13 +145,13 @@ words = sys.argv[1:]
 run = pathlib.Path(words[words.index("--run-dir") + 1])
 run.mkdir(parents=True, exist_ok=True)
 behaviour = json.loads(pathlib.Path(__file__).with_suffix(".json").read_text())
-now = {name: value for name, value in behaviour.items() if name in (run.name, "all")}
 begun = time.time()
 gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
 print("begins", flush=True)
 attempt = len(list(run.glob("attempt-*")))
-(run / f"attempt-{attempt}").write_text(json.dumps({"words": words, "gpu": gpu, "pid": os.getpid()}))
-what = now.get(run.name, now.get("all", []))
+call = {"words": words, "gpu": gpu, "pid": os.getpid()}
+(run / f"attempt-{attempt}").write_text(json.dumps(call))
+what = behaviour.get(run.name, behaviour.get("all", []))
 if attempt < len(what):
     step = what[attempt]
     if step == "sleep":
@@ -161,7 +161,11 @@ if attempt < len(what):
     if step == "fail":
         print("pdarts-fast: error: the loss is not finite", flush=True)
         sys.exit(1)
-time.sleep(behaviour.get("pause", 0))
+deadline = time.time() + 30
+while len(list(run.parent.glob("*/attempt-*"))) < behaviour.get("meet", 0):
+    if time.time() > deadline:
+        sys.exit("nobody came")
+    time.sleep(0.02)
 (run / "times").write_text(json.dumps([begun, time.time()]))
 """
 
@@ -183,7 +187,8 @@ class StandIn:
         """Say what runs do, attempt by attempt: ``{run name: ["fail", "sleep", "die"]}``.
 
         Args:
-            what: Name of a run, or ``all``, to its attempts; ``pause``: seconds of a good one.
+            what: Name of a run, or ``all``, to its attempts; ``meet``: how many runs have to have
+                begun before one ends.
         """
         self.path.with_suffix(".json").write_text(json.dumps(what))
 
