@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from pdarts_fast.sweep.runner import Ended, outcome_of
 
 DEFAULT_RETRIES = 3
 _WAIT_S = 0.5
+_POLL_S = 0.1
 
 
 class RunDied(RuntimeError):
@@ -68,7 +70,9 @@ def run_job(job: Job) -> int:
             )
     process = start_run(job.arguments, job.run_dir, job.log, cwd=job.cwd, program=job.program)
     try:
-        status = process.wait()
+        # Ray cancels between two steps of Python, not inside a wait for a process.
+        while (status := process.poll()) is None:
+            time.sleep(_POLL_S)
     except BaseException:
         # Cancelled: the run writes a checkpoint and ends.
         process.terminate()

@@ -14,16 +14,17 @@ from typing import Any
 from pdarts_fast.cli import main
 
 TINY = (
-    "--preset demo --image-size 8 --channels 2 --cells 3 --ops-kept 8 --skip-dropout 0 --epochs 2 "
-    "--batch-size 256 --backend reference --threads 1 --device cpu --checkpoint-interval 1"
-).split()
+    "--dataset image-folder --image-size 8 --channels 1 --cells 3 --ops-kept 8 --skip-dropout 0 "
+    "--epochs 2 --warmup-epochs 1 --batch-size 8 --threads 1 --device cpu --checkpoint-interval 1"
+)
 
 
 def test_a_killed_sweep_goes_on_and_ends_as_if_it_had_not_been(
-    outcome: Any, tmp_path: Path
+    outcome: Any, images: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "sweep"
-    words = ["sweep", *TINY, "--seeds", "2", "--jobs", "2", "--sweep-dir", str(path)]
+    flags = [*TINY.split(), "--data", str(images)]
+    words = ["sweep", *flags, "--seeds", "2", "--sweep-dir", str(path)]
     process = subprocess.Popen(
         [sys.executable, "-m", "pdarts_fast", *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -40,16 +41,15 @@ def test_a_killed_sweep_goes_on_and_ends_as_if_it_had_not_been(
     process.communicate()
     assert process.returncode == -signal.SIGKILL
 
-    assert main(["sweep", "--resume", "--sweep-dir", str(path), "--jobs", "2"]) == 0
-    logs = "".join(log.read_text() for log in (path / "logs").iterdir())
-    assert "goes on in" in logs, "no run went on from a checkpoint"
+    assert main(["sweep", "--resume", "--sweep-dir", str(path)]) == 0
+    assert "goes on in" in (path / "logs" / "seed0.log").read_text()
     whole = tmp_path / "whole"
-    assert main(["search", *TINY, "--seed", "1", "--run-dir", str(whole)]) == 0
-    assert outcome(path / "runs" / "seed1") == outcome(whole)
+    assert main(["search", *flags, "--run-dir", str(whole)]) == 0
+    assert outcome(path / "runs" / "seed0") == outcome(whole)
 
     summary = json.loads((path / "sweep.json").read_text())
     assert [run["status"] for run in summary["runs"]] == ["finished", "finished"]
-    assert all(0 < run["validation_accuracy"] < 1 for run in summary["runs"])
+    assert all(0 <= run["validation_accuracy"] <= 1 for run in summary["runs"])
     assert summary["settings"][0]["agreement"]["normal"] is not None
     assert (path / "runs" / "seed0" / "report.html").is_file()
     # Nothing is left to do: at once, and with the same answer.
