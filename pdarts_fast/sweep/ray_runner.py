@@ -112,8 +112,6 @@ class RayRunner:
         require_ray()
         # Ray's statistics of use are sent only where the user's own environment says so.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # The variable is left alone for tasks without a GPU.
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         import ray
 
         self._ray: Any = ray

@@ -196,6 +196,15 @@ class StandIn:
         """The calls for a run: its ``words``, ``gpu`` and ``pid``."""
         return [json.loads(file.read_text()) for file in sorted(run_dir.glob("attempt-*"))]
 
+    @staticmethod
+    def alive(pid: int) -> bool:
+        """Whether a process runs; one that has ended and waits for its parent does not."""
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        return state not in "ZX"
+
 
 @pytest.fixture
 def stand_in(tmp_path: Path) -> StandIn:

@@ -98,10 +98,34 @@ def test_a_signal_stops_all_and_resume_goes_on(
     assert set(outcomes(path).values()) == {"stopped"}
     for note in notes:
         pid = json.loads(note.read_text())["pid"]
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+        assert not stand_in.alive(pid)
     assert sweep(resume=True, flags=()) == 0
     assert set(outcomes(path).values()) == {"finished"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to find the worker")
+def test_a_run_whose_worker_is_killed_goes_on(sweep: Any, stand_in: Any, tmp_path: Path) -> None:
+    stand_in.behave(seed0=["sleep"])
+    run_dir = tmp_path / "sweep" / "runs" / "seed0"
+    note = run_dir / "attempt-0"
+
+    def kill_worker() -> None:
+        deadline = time.monotonic() + 60
+        while not (note.exists() and note.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        stat = Path(f"/proc/{json.loads(note.read_text())['pid']}/stat").read_text()
+        os.kill(int(stat.rpartition(")")[2].split()[1]), signal.SIGKILL)
+
+    threading.Thread(target=kill_worker).start()
+    start = time.monotonic()
+    assert sweep(seeds=1) == 0
+    assert time.monotonic() - start < 50, "it would have slept for a minute"
+    calls = stand_in.attempts(run_dir)
+    assert [call["words"][-1] == "--resume" for call in calls] == [False, True]
+    deadline = time.monotonic() + 10
+    while stand_in.alive(calls[0]["pid"]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not stand_in.alive(calls[0]["pid"])
 
 
 def test_a_real_search_on_ray(cluster: None, images: Path, tmp_path: Path) -> None:

@@ -204,19 +204,10 @@ def test_a_signal_stops_all_and_resume_goes_on(
     assert sweep(seeds=3, jobs=2) == 128 + signal.SIGINT
     assert outcomes(path) == {"seed0": "stopped", "seed1": "stopped", "seed2": "waiting"}
     for name in ("seed0", "seed1"):
-        assert not alive(stand_in.attempts(path / "runs" / name)[0]["pid"])
+        assert not stand_in.alive(stand_in.attempts(path / "runs" / name)[0]["pid"])
     assert caplog.messages[-1].endswith(f"pdarts-fast sweep --resume --sweep-dir {path} goes on")
     assert sweep(resume=True, flags=()) == 0
     assert set(outcomes(path).values()) == {"finished"}
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs (a zombie does not)."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state not in "ZX"
 
 
 def wait_until(true: Callable[[], bool], seconds: float = 30.0) -> None:
@@ -244,10 +235,10 @@ def test_runs_end_when_their_sweep_is_killed(sweep: Any, stand_in: Any, tmp_path
     notes = [path / "runs" / f"seed{n}" / "attempt-0" for n in (0, 1)]
     wait_until(lambda: all(note.exists() and note.stat().st_size for note in notes))
     pids = [json.loads(note.read_text())["pid"] for note in notes]
-    assert all(map(alive, pids))
+    assert all(map(stand_in.alive, pids))
     process.kill()
     process.wait()
-    wait_until(lambda: not any(map(alive, pids)), 10)
+    wait_until(lambda: not any(map(stand_in.alive, pids)), 10)
     assert outcomes(path) == {"seed0": "waiting", "seed1": "waiting"}
     assert sweep(resume=True, flags=()) == 0
     assert set(outcomes(path).values()) == {"finished"}
