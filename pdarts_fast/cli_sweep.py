@@ -72,6 +72,13 @@ def _parser() -> argparse.ArgumentParser:
         help="go on with the sweep in --sweep-dir: finished runs are kept, others go on from "
         "their checkpoint; larger --seeds or more values of --vary add runs (default: no)",
     )
+    _add_places(parser)
+    return parser
+
+
+def _add_places(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say where runs go."""
+    add = parser.add_argument
     add(
         "--jobs",
         type=int,
@@ -93,7 +100,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="how often Ray starts a run again whose process or node died (default: 3)",
     )
-    return parser  # fmt: skip
 
 
 def sweep(arguments: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from html import escape
@@ -175,12 +176,13 @@ def dot_charts(summary: SweepSummary) -> str:
 
 def cell_drawings(summary: SweepSummary) -> str:
     """Returns the drawings of every derived cell, folded where there are many."""
-    runs = [run for run in summary.runs if run.genotype is not None]
+    number_drawn = sum(run.genotype is not None for run in summary.runs)
     best = {setting.best for setting in summary.settings}
     drawn: dict[str, tuple[int, str]] = {}
     parts = []
-    for number, run in enumerate(runs):
-        assert run.genotype is not None
+    for number, run in enumerate(summary.runs):
+        if run.genotype is None:
+            continue
         key = str(run.genotype)
         note = f"{count(run.parameters)} parameters, {percent(run.accuracy)}"
         mark = ' <span class="badge">best</span>' if run.name in best else ""
@@ -193,7 +195,7 @@ def cell_drawings(summary: SweepSummary) -> str:
             drawn[key] = (number, run.name)
             cells = _cells(run.genotype, number, run.name)
             body = f'<div class="cells" id="cells-{number}">{cells}</div>'
-        unfolded = " open" if len(runs) <= _UNFOLDED or run.name in best else ""
+        unfolded = " open" if number_drawn <= _UNFOLDED or run.name in best else ""
         parts.append(
             f'<details class="run-cells"{unfolded}><summary>{head}</summary>{body}</details>'
         )
@@ -201,19 +203,27 @@ def cell_drawings(summary: SweepSummary) -> str:
 
 
 def _cells(genotype: Genotype, number: int, run: str) -> str:
-    figures = []
-    for kind, cell, concat in (
+    cells = (
         ("normal", genotype.normal, genotype.normal_concat),
         ("reduce", genotype.reduce, genotype.reduce_concat),
-    ):
-        spoken = escape(f"{run}, {CELL_NAMES[kind]}: {sections.spoken_cell(cell)}")
-        svg = cell_svg_inline(cell, concat, prefix=f"run{number}-{kind}", description=spoken)
-        figures.append(
-            f'<figure class="card"><figcaption><h3>{CELL_NAMES[kind]}</h3></figcaption>'
-            '<div class="scroll" tabindex="0" role="region" '
-            f'aria-label="{escape(run)}, {CELL_NAMES[kind]}, drawing">{svg}</div></figure>'
-        )
-    return "".join(figures)
+    )
+    return "".join(
+        _cell_figure(kind, tuple(cell), tuple(concat), number, run) for kind, cell, concat in cells
+    )
+
+
+# The page is written after every run; drawing is most of its time.
+@functools.lru_cache(maxsize=512)
+def _cell_figure(
+    kind: str, cell: tuple[tuple[str, int], ...], concat: tuple[int, ...], number: int, run: str
+) -> str:
+    spoken = escape(f"{run}, {CELL_NAMES[kind]}: {sections.spoken_cell(cell)}")
+    svg = cell_svg_inline(cell, concat, prefix=f"run{number}-{kind}", description=spoken)
+    return (
+        f'<figure class="card"><figcaption><h3>{CELL_NAMES[kind]}</h3></figcaption>'
+        '<div class="scroll" tabindex="0" role="region" '
+        f'aria-label="{escape(run)}, {CELL_NAMES[kind]}, drawing">{svg}</div></figure>'
+    )
 
 
 def agreement_tables(summary: SweepSummary) -> str:

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from pdarts_fast.config import SearchConfig
+from pdarts_fast.data import load_dataset
 from pdarts_fast.errors import UsageError
 from pdarts_fast.kernels import backends
 from pdarts_fast.run.metrics import require_tensorboard
@@ -89,6 +90,7 @@ def run_sweep(options: SweepOptions, program: Sequence[str] = CHILD) -> int:
     try:
         if not (options.resume and folder.has_plan and folder.read_plan() == plan):
             folder.write_plan(plan, shlex.join(options.command))
+        _download(plan)
         status = _run(options, folder, plan, program)
     finally:
         folder.close()
@@ -164,6 +166,22 @@ def _check_runs(plan: Plan, *, on_ray: bool) -> None:
         if machine not in seen:
             seen.add(machine)
             backends.resolve(config.backend, pick_device(config.device, config.amp))
+
+
+def _download(plan: Plan) -> None:
+    """Fetch data sets that are asked for once, before several runs do so at the same time."""
+    fetched: set[tuple[str, Path | None]] = set()
+    for run in plan.runs:
+        config = from_json(run.settings, SearchConfig(), "plan.json")
+        if config.download and (config.dataset, config.data) not in fetched:
+            fetched.add((config.dataset, config.data))
+            load_dataset(
+                config.dataset,
+                config.data,
+                image_size=config.image_size,
+                download=True,
+                checksum=config.checksum,
+            )
 
 
 def gpu_slots(environment: Mapping[str, str], count: int) -> list[str]:

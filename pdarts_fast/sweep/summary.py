@@ -116,7 +116,8 @@ class SweepSummary:
         runs: In the order of the plan.
         settings: In the same order.
         trained: Whether networks are trained after the searches.
-        scale: How a genotype becomes the network whose cost is given; None before a run began.
+        scale: How a genotype becomes the network whose cost is given; None before a run began, or
+            if the settings differ in it.
         data: What the runs' folders hold, by name, for the page; those that have begun.
     """
 
@@ -142,6 +143,10 @@ def read_sweep(folder: SweepDirectory) -> SweepSummary:
     summary = SweepSummary([], [], any(run.settings.get("then_train") for run in plan.runs), None)
     for planned in plan.runs:
         summary.runs.append(_read_run(folder, planned, summary))
+    scales = {
+        _scale_of(run, summary.data[run.name]) for run in plan.runs if run.name in summary.data
+    }
+    summary.scale = scales.pop() if len(scales) == 1 else None
     for setting in dict.fromkeys(run.setting for run in plan.runs):
         runs = [run for run in summary.runs if run.setting == setting]
         summary.settings.append(summarise(setting, runs))
@@ -229,7 +234,7 @@ def _read_run(folder: SweepDirectory, planned: PlannedRun, summary: SweepSummary
         return run
     try:
         summary.data[run.name] = data = read_run(run_dir)
-        _add_search(run, planned, data, summary)
+        _add_search(run, planned, data)
         if (run_dir / "train" / "config.json").is_file():
             _add_training(run, read_training(run_dir / "train"))
     except RunError as error:
@@ -237,18 +242,15 @@ def _read_run(folder: SweepDirectory, planned: PlannedRun, summary: SweepSummary
     return run
 
 
-def _add_search(run: RunSummary, planned: PlannedRun, data: RunData, summary: SweepSummary) -> None:
+def _add_search(run: RunSummary, planned: PlannedRun, data: RunData) -> None:
     """Add what the search of a run has left."""
     run.search_seconds = data.seconds
     last = [record for record in data.validations if record["stage"] == data.num_stages]
     run.validation_accuracy = last[-1].get("accuracy") if last else None
-    classes = data.section("dataset").get("num_classes")
-    scale = evaluation_scale(planned.settings, int(classes or 10))
-    summary.scale = summary.scale or scale
     if data.genotype is None:
         return
     run.genotype, run.skips = data.genotype, count_skips(data.genotype.normal)
-    cost = _cost(*(_hashable(cell) for cell in data.genotype), scale)
+    cost = _cost(*(_hashable(cell) for cell in data.genotype), _scale_of(planned, data))
     run.parameters, run.multiply_adds = cost.parameters, cost.multiply_adds
     targets = planned.settings.get("target") or ()
     run.feasible = meets_targets(targets, cost, read_json(data.path / GENOTYPE_FILE))
@@ -262,6 +264,11 @@ def _add_training(run: RunSummary, data: RunData) -> None:
     if len(data.epochs) == data.config.get("epochs") and best is not None:
         run.test_accuracy = data.validations[-1].get("accuracy")
         run.best_test_accuracy = best["accuracy"]
+
+
+def _scale_of(planned: PlannedRun, data: RunData) -> Scale:
+    classes = data.section("dataset").get("num_classes")
+    return evaluation_scale(planned.settings, int(classes or 10))
 
 
 def evaluation_scale(settings: Mapping[str, Any], num_classes: int) -> Scale:

@@ -96,6 +96,22 @@ def test_jobs_run_side_by_side(sweep: Any, stand_in: Any) -> None:
     assert sweep(seeds=2, jobs=2) == 0
 
 
+def test_data_is_downloaded_once_before_the_runs(
+    sweep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def load(name: str, folder: Path, **options: Any) -> None:
+        assert not list((tmp_path / "sweep" / "runs").iterdir())
+        calls.append((name, folder, options["download"]))
+
+    monkeypatch.setattr(sweep_run, "load_dataset", load)
+    data = tmp_path / "data"
+    flags = ("--dataset", "cifar10", "--download", "--data", str(data), "--device", "cpu")
+    assert sweep(seeds=2, vary=("lr=0.1,0.2",), flags=flags) == 0
+    assert calls == [("cifar10", data, True)]
+
+
 def test_a_failing_run_does_not_stop_the_others_and_can_be_tried_again(
     sweep: Any, stand_in: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

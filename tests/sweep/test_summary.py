@@ -78,6 +78,17 @@ def test_costs_of_the_paper_preset_are_at_its_scale(make_sweep: Make) -> None:
     assert run["parameters"] == genotype_cost(load_genotype(path / run["run_dir"])).parameters
 
 
+def test_network_is_given_only_if_all_costs_are_of_it(make_sweep: Make) -> None:
+    path, _ = make_sweep(seeds=1)
+    network = {"network": "NetworkCIFAR", "C": 12, "layers": 5, "num_classes": 10}
+    assert summary_of(path)["network"] == network | {"image_size": 16}
+    path, _ = make_sweep(seeds=1, vary=["image_size=8,16"])
+    summary = summary_of(path)
+    assert summary["network"] is None
+    small, large = (run["multiply_adds"] for run in summary["runs"])
+    assert small < large
+
+
 def test_runs_that_have_not_finished(make_sweep: Make) -> None:
     path, _ = make_sweep(seeds=4, failed=[0], unfinished=[1], waiting=[2])
     summary = summary_of(path)
