@@ -87,6 +87,7 @@ def _tiles(summary: SweepSummary, first: RunData) -> str:
     settings = [one for one in summary.settings if _accuracy(summary, one).mean is not None]
     leader = max(settings, key=lambda one: _accuracy(summary, one).mean or 0.0, default=None)
     seconds = sum((run.search_seconds or 0) + (run.train_seconds or 0) for run in summary.runs)
+    done = "searching and training" if summary.trained else "searching"
     return sections.tile_list(
         [
             ("Data set", *sections.dataset_tile(first)),
@@ -101,7 +102,7 @@ def _tiles(summary: SweepSummary, first: RunData) -> str:
                 parts.percent(best.accuracy if best is not None else None),
                 best.name if best is not None else "none has ended",
             ),
-            ("Time of all runs", sections.duration(seconds), "searching and training"),
+            ("Time of all runs", sections.duration(seconds), done),
             ("Hardware", *sections.hardware_tile(first)),
         ]
     )
