@@ -13,18 +13,18 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pdarts_fast import cli_dropin, cli_train
-from pdarts_fast.config import PRESETS, BackendName, DatasetName, SearchConfig, preset
+from pdarts_fast import cli_dropin, cli_sweep, cli_train
+from pdarts_fast.config import PRESETS, BackendName, DatasetName
 from pdarts_fast.errors import RunError, UsageError
-from pdarts_fast.flags import PROGRAM, gathered, parse, run_defaults
+from pdarts_fast.flags import PROGRAM, parse
 from pdarts_fast.launch import read_launch, should_print, speaker
+from pdarts_fast.search_flags import search_settings
 from pdarts_fast.version import __version__
 
 
 def search(arguments: Sequence[str]) -> int:
     """Search a cell (P-DARTS in three stages, OPP-DARTS or RAPDARTS)."""
-    words = gathered(arguments, "--target")
-    config = parse(SearchConfig, "search", words, run_defaults(words, preset, ["strategy"]))
+    config = search_settings(arguments)
     from pdarts_fast.distributed import joined
     from pdarts_fast.run.signals import Interrupted
     from pdarts_fast.run_search import run_search
@@ -171,7 +171,7 @@ class ReportCommand:
     """Write report.html of a run again, also of one that is not finished."""
 
     run_dir: Annotated[Path, tyro.conf.Positional]
-    """Run directory of a search or a training."""
+    """Run directory of a search or a training, or folder of a sweep."""
 
 
 def report(arguments: Sequence[str]) -> int:
@@ -179,9 +179,13 @@ def report(arguments: Sequence[str]) -> int:
     command = parse(ReportCommand, "report", arguments)
     from pdarts_fast.run.files import disk_errors
     from pdarts_fast.run.train_report import write_run_report
+    from pdarts_fast.sweep.directory import SweepDirectory
+    from pdarts_fast.sweep.page import write_sweep_report
 
+    is_sweep = SweepDirectory(command.run_dir).has_plan
     with disk_errors(command.run_dir):
-        print(write_run_report(command.run_dir))
+        path = command.run_dir
+        print(write_sweep_report(path) if is_sweep else write_run_report(path))
     return 0
 
 
@@ -216,6 +220,7 @@ def bench(arguments: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "search": search,
+    "sweep": cli_sweep.sweep,
     "train": cli_train.train,
     "evaluate": cli_train.evaluate,
     "export": cli_train.export,

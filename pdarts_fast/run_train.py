@@ -245,7 +245,8 @@ def then_train(config: SearchConfig, run_dir: Path) -> TrainConfig:
         genotype=str(run_dir),
         dataset=config.dataset,
         run_dir=path,
-        resume=config.resume and (path / "config.json").is_file(),
+        # Killed early it may have left less than its config.json.
+        resume=config.resume and path.is_dir(),
         overwrite=config.overwrite,
         tensorboard=config.tensorboard,
         **shared,

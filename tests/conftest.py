@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -217,3 +218,28 @@ def jpeg_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 pixels[..., label] += 150
                 Image.fromarray(pixels).save(folder / split / name / f"{number}.jpg", quality=95)
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Headless Chromium."""
+    path = Path(__file__).parent / "browser.py"
+    spec = importlib.util.spec_from_file_location("browser_of_tests", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if module.CHROMIUM is None:
+        pytest.skip("no Chromium on PATH: apt-get install chromium")
+    browser = module.Browser(tmp_path_factory.mktemp("profile"))
+    try:
+        yield browser
+    finally:
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Any) -> Any:
+    """A fresh tab of the browser."""
+    browser.open_page()
+    return browser

@@ -147,7 +147,7 @@ def cell_figures(genotype: Genotype) -> str:
         ("normal", genotype.normal, genotype.normal_concat),
         ("reduce", genotype.reduce, genotype.reduce_concat),
     ):
-        text = f"{CELL_NAMES[kind]}: {_spoken_cell(cell)}"
+        text = f"{CELL_NAMES[kind]}: {spoken_cell(cell)}"
         svg = cell_svg_inline(cell, concat, prefix=kind, description=escape(text))
         figures.append(
             f'<figure class="card"><figcaption><h3>{CELL_NAMES[kind]}</h3></figcaption>'
@@ -157,7 +157,8 @@ def cell_figures(genotype: Genotype) -> str:
     return "".join(figures)
 
 
-def _spoken_cell(cell: Sequence[tuple[str, int]]) -> str:
+def spoken_cell(cell: Sequence[tuple[str, int]]) -> str:
+    """Describes a cell in words, for a screen reader."""
     nodes = []
     for node in range(len(cell) // 2):
         pair = cell[2 * node : 2 * node + 2]
@@ -228,14 +229,15 @@ def restricted_table(data: RunData) -> str:
             old = before.normal[2 * node : 2 * node + 2] if before else pair
             changed = ' class="changed"' if old != pair else ""
             cells.append(
-                f"<td{changed}>{'<br>'.join(_chip(op, source) for op, source in pair)}</td>"
+                f"<td{changed}>{'<br>'.join(chip(op, source) for op, source in pair)}</td>"
             )
         rows.append(f"<tr{' class=result' if result else ''}>{''.join(cells)}</tr>")
         before = genotype
     return table("Normal cell for every number of skips allowed", head, rows)
 
 
-def _chip(op: str, source: int) -> str:
+def chip(op: str, source: int) -> str:
+    """Returns an operation in its colour, with the state that it reads."""
     return (
         f'<span class="chip" style="--op:var({op_variable(op)})">{escape(op_label(op))}</span> '
         f'<span class="from">{state_name(source)}</span>'

@@ -1,0 +1,1 @@
+"""Several searches, seeds by settings, and the page that compares them."""
