@@ -165,7 +165,7 @@ def _check_runs(plan: Plan, *, on_ray: bool) -> None:
         machine = (config.device, config.amp, config.backend)
         if machine not in seen:
             seen.add(machine)
-            backends.resolve(config.backend, pick_device(config.device, config.amp))
+            backends.resolve(config.backend, pick_device(config.device))
 
 
 def _download(plan: Plan) -> None:
