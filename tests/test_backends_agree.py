@@ -92,7 +92,7 @@ def search(backend: str, folder: Path) -> tuple[list[dict[str, np.ndarray]], obj
 def test_a_float64_search_is_the_same_on_both(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pdarts_fast.search.ResidentLoader", DoubleLoader)
+    monkeypatch.setattr("pdarts_fast.data.choose.ResidentLoader", DoubleLoader)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
