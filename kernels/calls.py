@@ -57,6 +57,24 @@ class Item(NamedTuple):
     input_norm: int = -1
 
 
+class Places(NamedTuple):
+    """Where the items of a call lie, int64 ``[n]`` each.
+
+    Attributes:
+        slots: Slot of every item.
+        norms: Norm of every item.
+        input_slots: Slot that every second half reads.
+        input_norms: Norm of what every second half reads.
+        alphas: Index of every item's alpha in the flattened table.
+    """
+
+    slots: Tensor
+    norms: Tensor
+    input_slots: Tensor
+    input_norms: Tensor
+    alphas: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """Items of one primitive call; compared and hashed by identity."""
@@ -65,30 +83,23 @@ class Call:
     num_ops: int
 
     @cached_property
-    def slots(self) -> Tensor:
-        """int64 ``[n]``: slot of every item."""
-        return torch.tensor([item.slot for item in self.items], dtype=torch.int64)
+    def _places(self) -> dict[torch.device, Places]:
+        return {}
 
-    @cached_property
-    def norms(self) -> Tensor:
-        """int64 ``[n]``: norm of every item."""
-        return torch.tensor([item.norm for item in self.items], dtype=torch.int64)
-
-    @cached_property
-    def input_slots(self) -> Tensor:
-        """int64 ``[n]``: slot that every second half reads."""
-        return torch.tensor([item.input for item in self.items], dtype=torch.int64)
-
-    @cached_property
-    def input_norms(self) -> Tensor:
-        """int64 ``[n]``: norm of what every second half reads."""
-        return torch.tensor([item.input_norm for item in self.items], dtype=torch.int64)
-
-    @cached_property
-    def alphas(self) -> Tensor:
-        """int64 ``[n]``: index of every item's alpha in the flattened table."""
-        places = [item.edge * self.num_ops + item.op for item in self.items]
-        return torch.tensor(places, dtype=torch.int64)
+    def places(self, device: torch.device) -> Places:
+        """Indices of the items on a device: copied there once, so that steps can be captured."""
+        if device not in self._places:
+            columns = (
+                [item.slot for item in self.items],
+                [item.norm for item in self.items],
+                [item.input for item in self.items],
+                [item.input_norm for item in self.items],
+                [item.edge * self.num_ops + item.op for item in self.items],
+            )
+            self._places[device] = Places(
+                *(torch.tensor(column, dtype=torch.int64, device=device) for column in columns)
+            )
+        return self._places[device]
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class Backward(Pass):
         scale, shift = self.cast(padded[:, 0]), self.cast(padded[:, 1])
         sums = norms.new_empty(1 + len(both.items), grad.shape[-1])
         self.backend.reduce(both, self.arrays, grad, scale, shift, sums)
-        self.grad_alphas.index_copy_(0, both.alphas, sums[1:].sum(1))
+        self.grad_alphas.index_copy_(0, self.places(both).alphas, sums[1:].sum(1))
         if normed.items:
             coef = moments.backward_coefficients(
                 self.factors(normed),
@@ -80,9 +80,9 @@ class Backward(Pass):
                 self.count,
                 training=self.training,
             )
-            self.coef.index_copy_(0, normed.alphas, coef)
+            self.coef.index_copy_(0, self.places(normed).alphas, coef)
         if skips.items:
-            self.coef[skips.alphas, 0] = self.factors(skips)
+            self.coef[self.places(skips).alphas, 0] = self.factors(skips)
         self._second_halves(node)
 
     def _second_halves(self, node: int) -> None:
@@ -97,19 +97,19 @@ class Backward(Pass):
             self.arrays,
             self.cast(norms[:, 0]),
             self.cast(norms[:, 1]),
-            self.cast(self.coef.index_select(0, call.alphas)),
+            self.cast(self.coef.index_select(0, self.places(call).alphas)),
             sums,
         )
         coef = moments.backward_coefficients(
             None, norms, sums[:, 0], sums[:, 1], self.count, training=self.training
         )
-        self.coef.index_copy_(0, call.alphas, coef)
+        self.coef.index_copy_(0, self.places(call).alphas, coef)
 
     def _gather(self, source: int, incoming: Tensor | None) -> Tensor:
         """Gradient of a state from all edges that leave it."""
         call, x = self.calls.gather[source], self.arrays.states[source]
         out = self.backend.empty(tuple(x.shape), x, x.dtype)
-        coef = self.cast(self.coef.index_select(0, call.alphas))
+        coef = self.cast(self.coef.index_select(0, self.places(call).alphas))
         self.backend.fan_in(call, self.arrays, x, coef, incoming, out)
         return out
 
@@ -121,7 +121,9 @@ class Backward(Pass):
         call, arrays = self.calls.inputs[which], self.input_arrays(which)
         arrays.grads = [grad]
         channels = grad.shape[-1]
-        identity = self.saved.norms.new_tensor([1.0, 0.0])[:, None].expand(2, channels)
+        # Filled on the device: a tensor made of numbers would be copied there in every step.
+        identity = self.saved.norms.new_zeros(2, channels)
+        identity[0].fill_(1.0)
         sums = self.saved.norms.new_empty(2, channels)
         one, zero = self.cast(identity[:1]), self.cast(identity[1:])
         self.backend.reduce(call, arrays, grad, one, zero, sums)

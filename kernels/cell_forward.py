@@ -45,8 +45,8 @@ class Forward(Pass):
     def _remember(self, call: Call, sums: Tensor) -> None:
         """Keeps the statistics of a call's slots; in evaluation they are not used."""
         if self.training:
-            self.stats.index_copy_(0, call.slots, sums)
-            self.saved.norms.index_copy_(0, call.slots, moments.normalisation(sums))
+            self.stats.index_copy_(0, self.places(call).slots, sums)
+            self.saved.norms.index_copy_(0, self.places(call).slots, moments.normalisation(sums))
 
     def _preprocess(self, which: int) -> None:
         call, row = self.calls.inputs[which], self.input_row(which)

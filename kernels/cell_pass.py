@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import calls
 from . import plan as plans
-from .calls import Call
+from .calls import Call, Places
 from .interface import Arrays, Backend
 from .plan import Plan
 
@@ -65,9 +65,14 @@ class Pass:
         self.alphas = alphas.detach().double().flatten()
         self.dtype = backend.coefficient_dtype(saved.slots.dtype)
 
+    def places(self, call: Call) -> Places:
+        """Indices of a call's items, on the device of the arrays."""
+        return call.places(self.saved.norms.device)
+
     def rows(self, call: Call) -> Tensor:
         """Rows of a call's items in ``Saved.norms``."""
-        return call.slots if self.training else call.norms
+        places = self.places(call)
+        return places.slots if self.training else places.norms
 
     def norms(self, call: Call) -> Tensor:
         """Scale and shift of a call's items, float64 ``[n, 2, C]``."""
@@ -79,7 +84,7 @@ class Pass:
 
     def factors(self, call: Call) -> Tensor:
         """Alphas of a call's items, float64 ``[n, 1]``."""
-        return self.alphas.index_select(0, call.alphas)[:, None]
+        return self.alphas.index_select(0, self.places(call).alphas)[:, None]
 
     def cast(self, x: Tensor) -> Tensor:
         """float64 to the dtype in which the backend wants coefficients."""
@@ -101,7 +106,8 @@ class Pass:
 
     def half_norms(self, call: Call) -> Tensor:
         """Scale and shift of what a call's second halves read, float64 ``[n, 2, C]``."""
-        rows = call.input_slots if self.training else call.input_norms
+        places = self.places(call)
+        rows = places.input_slots if self.training else places.input_norms
         return self.saved.norms.index_select(0, rows)
 
 
