@@ -73,7 +73,7 @@ def test_one_run_a_gpu(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5e")
     monkeypatch.setattr(sweep_run.torch.cuda, "device_count", lambda: 2)
     # The check of the devices would need real ones.
-    monkeypatch.setattr(sweep_run, "pick_device", lambda name, amp: sweep_run.torch.device("cpu"))
+    monkeypatch.setattr(sweep_run, "pick_device", lambda name: sweep_run.torch.device("cpu"))
     stand_in.behave(meet=2)
     assert sweep(seeds=4, flags=("--preset", "demo", "--device", "cuda")) == 0
     path = tmp_path / "sweep"
