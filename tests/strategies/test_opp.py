@@ -291,7 +291,7 @@ def test_a_stopped_search_goes_on_exactly(
     """The process dies in the middle of an epoch, after so many weight steps."""
     whole = finished(stages=tools.OPP)
     steps = 0
-    original = SearchStep.weight_step
+    original = SearchStep.run
 
     def dying(self: SearchStep, *args: Any) -> None:
         nonlocal steps
@@ -301,7 +301,7 @@ def test_a_stopped_search_goes_on_exactly(
         original(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(SearchStep, "weight_step", dying)
+        patch.setattr(SearchStep, "run", dying)
         with pytest.raises(KeyboardInterrupt):
             search("cut", stages=tools.OPP)
     cut = search("cut", "--resume", stages=tools.OPP)

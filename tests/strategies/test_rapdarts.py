@@ -185,6 +185,9 @@ class StopAfter:
         self._left -= 1
         return 15 if self._left < 0 else None
 
+    def settle(self) -> None:
+        """There is nobody to settle with."""
+
     def __enter__(self) -> StopAfter:
         return self
 
@@ -199,7 +202,7 @@ def test_a_stopped_search_goes_on_exactly(
     flags = ["--target", "params=70k", "macs=1M", "--beta-decay", 1, "--sample", "dirichlet"]
     whole = finished(*flags)
     with monkeypatch.context() as patch:
-        patch.setattr("pdarts_fast.run_search.StopRequest", lambda: StopAfter(looks))
+        patch.setattr("pdarts_fast.run_search.StopRequest", lambda agree: StopAfter(looks))
         with pytest.raises(Interrupted):
             search("cut", *flags)
     cut = search("cut", *flags, "--resume")
