@@ -28,14 +28,11 @@ from typing import Any
 # Every module that registers kernels, relative to this package.
 MODULES = (
     "weights",
-    "stencil",
-    "one_by_one",
+    "fan_out",
+    "preprocess",
     "affine",
     "mix",
     "fold",
-    "reduce",
-    "mid_backward",
-    "fan_in",
 )
 
 
@@ -56,6 +53,8 @@ class Specialisation:
         stencil_flops: Of one launch outside of the tensor cores, a multiply-add counts two.
         product_flops: Of one launch in ``tl.dot``.
         trips: How often a program runs the body of its innermost loop, for the time model.
+        max_registers: ``maxnreg`` at the launch, or None.
+        product: Whether the kernel multiplies matrices: machine code must use tensor cores.
         note: What tells this one from others of the same shape, e.g. ``stride 2``.
     """
 
@@ -71,6 +70,8 @@ class Specialisation:
     stencil_flops: int = 0
     product_flops: int = 0
     trips: float = 1.0
+    max_registers: int | None = None
+    product: bool = False
     note: str = ""
 
     @property
