@@ -22,7 +22,8 @@ _ELEMENTS, _WARPS = 2048, 4
 
 @triton.jit(do_not_specialize=["pixels"])
 def _affine_kernel(
-    in_ptr, out_ptr, scale_ptr, shift_ptr, table_ptr, in_pixel, out_pixel, in_slot, out_slot, pixels,
+    in_ptr, out_ptr, scale_ptr, shift_ptr, table_ptr, in_pixel, out_pixel, in_slot, out_slot,
+    pixels,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, item). RELU: item i reads slot table[i].input and writes slot i."""

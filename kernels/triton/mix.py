@@ -187,7 +187,7 @@ def _specialisations() -> list[Specialisation]:
 
 
 def _signature(storage: str, skips: bool) -> dict[str, str]:
-    data = {name: f"*{storage}" for name in ("y_ptr", *(f"s{i}_ptr" for i in range(5)), "out_ptr")}
+    data = dict.fromkeys(("y_ptr", *(f"s{i}_ptr" for i in range(5)), "out_ptr"), f"*{storage}")
     return data | {
         "scale_ptr": "*fp32",
         "shift_ptr": "*fp32",

@@ -55,6 +55,7 @@ class Specialisation:
         trips: How often a program runs the body of its innermost loop, for the time model.
         max_registers: ``maxnreg`` at the launch, or None.
         product: Whether the kernel multiplies matrices: machine code must use tensor cores.
+        gathers: Whether its loads cannot be 16 bytes wide; the kernel's docstring says why.
         note: What tells this one from others of the same shape, e.g. ``stride 2``.
     """
 
@@ -72,7 +73,19 @@ class Specialisation:
     trips: float = 1.0
     max_registers: int | None = None
     product: bool = False
+    gathers: bool = False
     note: str = ""
+
+    @property
+    def variant(self) -> str:
+        """Text that two specialisations share if and only if they compile to the same code."""
+        parts = (
+            sorted(self.signature.items()),
+            sorted((name, str(value)) for name, value in self.constants.items()),
+            sorted(self.divisible),
+            (self.num_warps, self.num_stages, self.max_registers),
+        )
+        return repr(parts)
 
     @property
     def label(self) -> str:

@@ -3,7 +3,8 @@
     taps[o + t C + c]  = flat[o + c k k + t]     of a depthwise weight at offset o, float32
     matrices[i]        = flat[i]                 of a pointwise weight, storage dtype
 
-One launch a pass. Reference: ``Weights.matrix``.
+One launch a pass. A transposition of small matrices by an index, so loads are single elements.
+Reference: ``Weights.matrix``.
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ def _specialisations() -> list[Specialisation]:
                     },
                     constants={"BLOCK": _BLOCK},
                     divisible=("total",),
+                    gathers=True,
                     programs=triton.cdiv(weights, _BLOCK),
                     bytes=weights * (12 + (4 if storage == "fp32" else 2)),
                 )
