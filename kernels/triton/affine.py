@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import STORAGE, TILE_SCALE, block_channels, pixel_stride
+from .common import TILE_SCALE, block_channels, gated_storages, pixel_stride
 from .registry import Specialisation, register
 
 # 8 elements of 2 bytes are 16 bytes: 1024 a program are one access for each thread of 4 warps, and
@@ -101,7 +101,7 @@ def rectified(y: Tensor, table: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 def _specialisations() -> list[Specialisation]:
     found = []
     for channels, size in ((16, 32), (32, 16), (64, 8)):
-        for storage in STORAGE.values():
+        for storage in gated_storages(channels):
             for relu in (False, True):
                 pixels, items = 96 * size * size, 8 if relu else 1
                 width = 4 if storage == "fp32" else 2

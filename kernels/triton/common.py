@@ -54,6 +54,16 @@ STENCILS = (CONV_3, CONV_5, CONV_3_DILATED, CONV_5_DILATED, MAX_POOL, AVG_POOL)
 _tables: WeakKeyDictionary[Call, dict[tuple[object, ...], Tensor]] = WeakKeyDictionary()
 
 
+def gated_storages(channels: int, *, product: bool = False) -> tuple[str, ...]:
+    """Storages that the static gate compiles: all at C=32, elsewhere those that searches use.
+
+    Args:
+        product: Whether plain TF32 products are a variant of their own.
+    """
+    rest = ("tf32", "fp16") if product else ("fp16",)
+    return ("fp32", "bf16", *rest) if channels == 32 else ("fp32", "bf16")
+
+
 def kind(item: Item) -> int:
     """An item's value in the column "kind"."""
     if item.kind == plan.CONV:

@@ -183,7 +183,7 @@ def mid(call: Call, arrays: Arrays, scale: Tensor, shift: Tensor, sums: Tensor) 
 def _specialisations() -> list[Specialisation]:
     found = []
     for channels, size in ((16, 32), (32, 16), (64, 8)):
-        for storage in ("fp32", "tf32", "bf16", "fp16"):
+        for storage in common.gated_storages(channels, product=True):
             for stride, second in ((1, False), (2, False), (1, True)):
                 if (channels, stride) != (16, 2):
                     found.append(_specialisation(channels, size, storage, stride, second))

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..calls import Call
 from ..interface import Arrays
 from . import common
-from .common import STORAGE, block_channels, pixel_stride
+from .common import block_channels, gated_storages, pixel_stride
 from .dropout import dropout_factor
 from .registry import Specialisation, register
 
@@ -157,7 +157,7 @@ def mix(call: Call, arrays: Arrays, scale: Tensor, shift: Tensor, out: Tensor) -
 def _specialisations() -> list[Specialisation]:
     found = []
     for channels, size in ((16, 32), (32, 16), (64, 8)):
-        for storage in STORAGE.values():
+        for storage in gated_storages(channels):
             for skips in (False, True):
                 pixels, branches = 96 * size * size, 25
                 width = 4 if storage == "fp32" else 2

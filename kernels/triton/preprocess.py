@@ -93,12 +93,13 @@ def settings(storage: str, channels: int, in_channels: int) -> dict[str, Any]:
     """Tile and warps: 4096 outputs are 32 a thread of 4 warps; float32 operands need twice."""
     block = common.block_channels(channels)
     wide = storage in ("fp32", "tf32")
-    depth = max(size for size in (16, 32, 64) if in_channels % size == 0)
+    depth = max(size for size in (16, 32) if in_channels % size == 0)
     return {
         "BLOCK_C": block,
         "BLOCK_M": max(16, (2048 if wide else 4096) // block) * common.TILE_SCALE,
         "BLOCK_K": 16 if wide else depth,
         "num_warps": 4,
+        "maxnreg": 128,
     }
 
 
@@ -164,7 +165,7 @@ def _specialisations() -> list[Specialisation]:
     return [
         _specialisation(storage, *case)
         for case in _CASES
-        for storage in ("fp32", "tf32", "bf16", "fp16")
+        for storage in common.gated_storages(case[0], product=True)
     ]
 
 
@@ -173,6 +174,7 @@ def _specialisation(
 ) -> Specialisation:
     chosen = settings(storage, channels, in_channels)
     warps = chosen.pop("num_warps")
+    registers = chosen.pop("maxnreg")
     data = "fp32" if storage == "tf32" else storage
     pixels, width = 96 * size * size, 4 if data == "fp32" else 2
     sizes = ("N", "H", "W", "H_OUT", "W_OUT", "tiles", "split")
@@ -195,6 +197,7 @@ def _specialisation(
         },
         divisible=("x_pixel", "y_slot"),
         num_warps=warps,
+        max_registers=registers,
         programs=items * triton.cdiv(pixels, chosen["BLOCK_M"]),
         bytes=pixels * width * (items * channels + in_channels * (2 if factorized else 1)),
         product_flops=2 * items * pixels * channels * in_channels * (2 if factorized else 1),

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..weights import Layout, Weights
+from .common import gated_storages
 from .registry import Specialisation, register
 
 _BLOCK = 1024
@@ -89,7 +90,7 @@ def _pack(weights: Weights, storage: torch.dtype) -> Packed:
 def _specialisations() -> list[Specialisation]:
     found = []
     for channels, size, weights in ((16, 32, 20_000), (32, 16, 60_000), (64, 8, 200_000)):
-        for storage in ("fp32", "bf16", "fp16"):
+        for storage in gated_storages(channels):
             found.append(
                 Specialisation(
                     shape=(96, size, size, channels),
