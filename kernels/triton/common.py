@@ -28,7 +28,7 @@ TILE_SCALE = 8 if INTERPRETED else 1
 
 STORAGE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
-# Columns of a table of items, in this order.
+# Columns of a table of items, in this order; the last one of TABLE_WIDTH is always zero.
 COLUMNS = ("kind", "input", "slot", "depthwise", "pointwise", "source", "node", "half", "stream")
 TABLE_WIDTH = 16
 

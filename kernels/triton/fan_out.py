@@ -34,7 +34,7 @@ def _fan_out_kernel(
     x_slot, x_pixel, y_slot, N, H, W, H_OUT, W_OUT, tiles,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SECOND: tl.constexpr, PRECISION: tl.constexpr,
-    OPERAND: tl.constexpr,
+    OPERAND: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Program (item, tile). SECOND: x is a stack of inputs that are rectified already."""
     item = tl.program_id(0)
@@ -42,82 +42,91 @@ def _fan_out_kernel(
     row = table_ptr + item * 16
     kind = tl.load(row)
     source = tl.load(row + 1)
-    slot = tl.load(row + 2)
     taps = taps_ptr + tl.multiple_of(tl.load(row + 3), 16)
-    matrix = matrices_ptr + tl.multiple_of(tl.load(row + 4), 16)
-    y = y_ptr + slot.to(tl.int64) * y_slot
     x = x_ptr
     if SECOND:
         x += source.to(tl.int64) * x_slot
-    number = tl.load(row + 9).to(tl.int64)
-    partial = partials_ptr + (number * tiles + tile) * (3 * C)
     RELU: tl.constexpr = not SECOND
     if kind == 0:
         _convolve(
-            x, y, taps, x_pixel, tile, N, H, W, H_OUT, W_OUT,
-            C, BLOCK_C, BLOCK_P, 3, 1, STRIDE, RELU,
+            x, y_ptr, taps, row, x_pixel, y_slot, tile, N, H, W, H_OUT, W_OUT,
+            C, BLOCK_C, BLOCK_P, 3, 1, STRIDE, RELU, ROWS,
         )  # fmt: skip
     elif kind == 1:
         _convolve(
-            x, y, taps, x_pixel, tile, N, H, W, H_OUT, W_OUT,
-            C, BLOCK_C, BLOCK_P, 5, 1, STRIDE, RELU,
+            x, y_ptr, taps, row, x_pixel, y_slot, tile, N, H, W, H_OUT, W_OUT,
+            C, BLOCK_C, BLOCK_P, 5, 1, STRIDE, RELU, ROWS,
         )  # fmt: skip
     if not SECOND:
         if kind == 2:
             _convolve(
-                x, y, taps, x_pixel, tile, N, H, W, H_OUT, W_OUT,
-                C, BLOCK_C, BLOCK_P, 3, 2, STRIDE, RELU,
+                x, y_ptr, taps, row, x_pixel, y_slot, tile, N, H, W, H_OUT, W_OUT,
+                C, BLOCK_C, BLOCK_P, 3, 2, STRIDE, RELU, ROWS,
             )  # fmt: skip
         elif kind == 3:
             _convolve(
-                x, y, taps, x_pixel, tile, N, H, W, H_OUT, W_OUT,
-                C, BLOCK_C, BLOCK_P, 5, 2, STRIDE, RELU,
+                x, y_ptr, taps, row, x_pixel, y_slot, tile, N, H, W, H_OUT, W_OUT,
+                C, BLOCK_C, BLOCK_P, 5, 2, STRIDE, RELU, ROWS,
             )  # fmt: skip
         elif kind == 4:
             _pool(
-                x, y, x_pixel, tile, N, H, W, H_OUT, W_OUT,
-                C, BLOCK_C, BLOCK_P, STRIDE, True,
+                x, y_ptr, row, x_pixel, y_slot, tile, N, H, W, H_OUT, W_OUT,
+                C, BLOCK_C, BLOCK_P, STRIDE, True, ROWS,
             )  # fmt: skip
         elif kind == 5:
             _pool(
-                x, y, x_pixel, tile, N, H, W, H_OUT, W_OUT,
-                C, BLOCK_C, BLOCK_P, STRIDE, False,
+                x, y_ptr, row, x_pixel, y_slot, tile, N, H, W, H_OUT, W_OUT,
+                C, BLOCK_C, BLOCK_P, STRIDE, False, ROWS,
             )  # fmt: skip
+    y = y_ptr + tl.load(row + 2).to(tl.int64) * y_slot
+    matrix = matrices_ptr + tl.multiple_of(tl.load(row + 4), 16)
+    number = tl.load(row + 9).to(tl.int64)
+    partial = partials_ptr + (number * tiles + tile) * (3 * C)
     spacing = 1
     if STRIDE == 1 and not SECOND and (kind == 2 or kind == 3):
         spacing = 2
     tl.debug_barrier()  # rows are read below by other threads than wrote them
     _product_and_moments(
         y, matrix, partial, tile, spacing, kind < 4, N, H_OUT, W_OUT,
-        C, BLOCK_C, BLOCK_P, BLOCK_M, BLOCK_K, PRECISION, OPERAND,
+        C, BLOCK_C, BLOCK_P, BLOCK_M, BLOCK_K, PRECISION, OPERAND, ROWS,
     )  # fmt: skip
 
 
-def settings(storage: str, channels: int) -> dict[str, Any]:
+def settings(storage: str, channels: int, blackwell: bool) -> dict[str, Any]:
     """Tile and warps by storage; ``tf32`` is float32 with plain TF32 products.
 
     A thread of 4 warps holds 8 channels of one column, 16 bytes of bfloat16. float32 takes 8
     warps: 4 channels a thread, or the sums of 4 rows and the loads in flight exceed 128 registers.
     Products are 4 rows at once in half precision; in float32 half of them, 16 input channels at a
     time, since an operand takes twice the room, and three products four times.
+
+    For Blackwell the compiler pairs float32 arithmetic, and pairs of registers fit 128 only with 2
+    rows a group in half precision: 4 rows took 138 to 148, or spilled up to 32 bytes.
     """
     block = common.block_channels(channels)
     wide = storage in ("fp32", "tf32")
     columns = max(16, 1024 // block) * common.TILE_SCALE
+    rows = 2 if blackwell and not wide else 4
     return {
+        "ROWS": rows,
         "BLOCK_C": block,
         "BLOCK_P": columns,
-        "BLOCK_M": max(16, (2 if wide else 4) * columns),
+        "BLOCK_M": max(16, (2 if wide else rows) * columns),
         "BLOCK_K": 16 if wide else min(64, block),
         "num_warps": 8 if wide else 4,
         "maxnreg": 128,
     }
 
 
-def count_tiles(shape: torch.Size | tuple[int, ...], block_p: int) -> int:
+def is_blackwell(device: torch.device) -> bool:
+    """Whether a device has tensor memory: sm_100 and newer."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
+
+
+def count_tiles(shape: torch.Size | tuple[int, ...], block_p: int, rows: int) -> int:
     """Tiles of an output ``[N, H, W, C]``, of the item that has most."""
     images, height, width, _ = shape
-    groups = max(triton.cdiv(height, 4 * spacing) * spacing for spacing in (1, 2))
+    groups = max(triton.cdiv(height, rows * spacing) * spacing for spacing in (1, 2))
     return triton.cdiv(images * groups * width, block_p)
 
 
@@ -147,14 +156,17 @@ def _launch(
         SECOND=second,
         PRECISION=common.precision(storage),
         OPERAND=common.operand_dtype(storage),
-        **settings(common.STORAGE[storage], channels),
+        **settings(common.STORAGE[storage], channels, is_blackwell(y.device)),
     )
 
 
 def _partials(call: Call, y: Tensor) -> Tensor:
     storage = common.STORAGE[y.dtype]
-    block_p = settings(storage, y.shape[-1])["BLOCK_P"]
-    tiles = max(count_tiles(y.shape[1:], block_p), preprocess.count_tiles(y.shape[1:], storage))
+    chosen = settings(storage, y.shape[-1], is_blackwell(y.device))
+    tiles = max(
+        count_tiles(y.shape[1:], chosen["BLOCK_P"], chosen["ROWS"]),
+        preprocess.count_tiles(y.shape[1:], storage),
+    )
     return y.new_empty((len(call.items), tiles, 3, y.shape[-1]), dtype=torch.float32)
 
 
@@ -185,20 +197,24 @@ def _specialisations() -> list[Specialisation]:
     for channels, size in ((16, 32), (32, 16), (64, 8)):
         for storage in common.gated_storages(channels, product=True):
             for stride, second in ((1, False), (2, False), (1, True)):
-                if (channels, stride) != (16, 2):
-                    found.append(_specialisation(channels, size, storage, stride, second))
+                if (channels, stride) == (16, 2):
+                    continue
+                for blackwell in (False, True):
+                    found.append(
+                        _specialisation(channels, size, storage, stride, second, blackwell)
+                    )
     return found
 
 
 def _specialisation(
-    channels: int, size: int, storage: str, stride: int, second: bool
+    channels: int, size: int, storage: str, stride: int, second: bool, blackwell: bool
 ) -> Specialisation:
-    chosen = settings(storage, channels)
+    chosen = settings(storage, channels, blackwell)
     warps = chosen.pop("num_warps")
     registers = chosen.pop("maxnreg")
     data = "fp32" if storage == "tf32" else storage
     shape = (96, size, size, channels)
-    tiles = count_tiles(shape, chosen["BLOCK_P"])
+    tiles = count_tiles(shape, chosen["BLOCK_P"], chosen["ROWS"])
     taps = [9, 25] if second else [9, 25, 9, 25]
     edges = 4
     items = edges * len(taps) + (0 if second else 2)
@@ -235,6 +251,7 @@ def _specialisation(
         trips=sum(t**0.5 for t in taps) / len(taps),
         note="second halves" if second else f"stride {stride}",
         product=True,
+        targets=("sm_100",) if blackwell else ("sm_80", "sm_90", "gfx942"),
     )
 
 

@@ -30,7 +30,7 @@ TENSOR_CORE = r"(HMMA|HGMMA|WGMMA|UTC\w*MMA|QGMMA|OMMA)"
 TABLE = "docs/triton-kernels.csv"
 HEADER = (
     "kernel", "variant", "target", "registers", "stack", "shared", "wide", "tensor_core",
-    "instructions", "warps", "verdict",
+    "instructions", "warps", "verdict", "triton",
 )  # fmt: skip
 
 Measured = tuple[Kernel, Specialisation, str, Code]
@@ -98,6 +98,7 @@ def run(
         (kernel, one, target, codes[kernel.name, one.variant, target])
         for kernel, one in wanted
         for target in targets
+        if one.is_for(target)
     ]
 
 
@@ -112,7 +113,7 @@ def row(measured: Measured) -> list[str]:
     wide = "" if target in AMD else f"{share:.2f}"
     return [
         kernel.name, one.label, target, *map(str, numbers), wide, str(products), str(total),
-        str(one.num_warps), verdict,
+        str(one.num_warps), verdict, triton.__version__,
     ]  # fmt: skip
 
 
@@ -139,7 +140,7 @@ def main() -> int:
     results = run(wanted, tuple(arguments.targets), arguments.processes)
     failed = 0
     for measured in results:
-        kernel, one, target, code = measured
+        _, one, target, code = measured
         found = faults(one, target, code)
         failed += bool(found) and target not in AMD
         if found or arguments.only:

@@ -186,7 +186,7 @@ def measure_all(
             everything = kernel.specialisations()
             positions[kernel.name] = {s.variant: i for i, s in enumerate(everything)}
         index = positions[kernel.name][specialisation.variant]
-        for target in targets:
+        for target in filter(specialisation.is_for, targets):
             key = (kernel.name, specialisation.variant, target)
             jobs.setdefault(key, (kernel.name, index, target))
     # Children of a process that has used threads must not be forked from it.

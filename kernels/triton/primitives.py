@@ -8,6 +8,9 @@ from torch import Tensor
 from ..calls import Call
 from ..interface import Arrays
 from . import affine, fan_out, mix
+from .fan_in import fan_in
+from .mid_backward import mid_backward
+from .reduce import reduce
 
 
 class TritonPrimitives:
@@ -37,3 +40,36 @@ class TritonPrimitives:
 
     def mix(self, call: Call, arrays: Arrays, scale: Tensor, shift: Tensor, out: Tensor) -> None:
         mix.mix(call, arrays, scale, shift, out)
+
+    def reduce(
+        self,
+        call: Call,
+        arrays: Arrays,
+        grad: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        sums: Tensor,
+    ) -> None:
+        reduce(call, arrays, grad, scale, shift, sums)
+
+    def mid_backward(
+        self,
+        call: Call,
+        arrays: Arrays,
+        scale: Tensor,
+        shift: Tensor,
+        coef: Tensor,
+        sums: Tensor,
+    ) -> None:
+        mid_backward(call, arrays, scale, shift, coef, sums)
+
+    def fan_in(
+        self,
+        call: Call,
+        arrays: Arrays,
+        x: Tensor,
+        coef: Tensor,
+        incoming: Tensor | None,
+        out: Tensor | None,
+    ) -> None:
+        fan_in(call, arrays, x, coef, incoming, out)

@@ -33,6 +33,13 @@ MODULES = (
     "affine",
     "mix",
     "fold",
+    "reduce",
+    "sums",
+    "output_gradient",
+    "transposed",
+    "fan_in",
+    "pointwise_backward",
+    "weight_gradient",
 )
 
 
@@ -56,6 +63,7 @@ class Specialisation:
         max_registers: ``maxnreg`` at the launch, or None.
         product: Whether the kernel multiplies matrices: machine code must use tensor cores.
         gathers: Whether its loads cannot be 16 bytes wide; the kernel's docstring says why.
+        targets: GPUs that this variant is for; empty for all.
         note: What tells this one from others of the same shape, e.g. ``stride 2``.
     """
 
@@ -74,6 +82,7 @@ class Specialisation:
     max_registers: int | None = None
     product: bool = False
     gathers: bool = False
+    targets: tuple[str, ...] = ()
     note: str = ""
 
     @property
@@ -86,6 +95,10 @@ class Specialisation:
             (self.num_warps, self.num_stages, self.max_registers),
         )
         return repr(parts)
+
+    def is_for(self, target: str) -> bool:
+        """Whether this variant runs on a GPU, e.g. ``sm_90``."""
+        return not self.targets or target in self.targets
 
     @property
     def label(self) -> str:

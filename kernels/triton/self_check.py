@@ -89,7 +89,7 @@ class Sample:
         size = SIZE // 2 if reduction else SIZE
         self.larger = (BATCH, SIZE, SIZE, CHANNELS)
         self.smaller = (BATCH, size, size, CHANNELS)
-        self.flat = self.random(self.layout.total) * 0.3
+        self.flat = (self.random(self.layout.total) * 0.3).to(storage).double()
         self.states = [self.random(*(self.larger if i < 2 else self.smaller)) for i in range(6)]
         self.grads = [self.random(*self.smaller) for _ in range(4)]
         self.half_grads = self.random(self.calls.num_halves, *self.smaller)

@@ -14,8 +14,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-ROWS: tl.constexpr = tl.constexpr(4)
-
 
 @triton.jit
 def _load_row(x, row, H, m, RELU: tl.constexpr, FILL: tl.constexpr):
@@ -27,7 +25,13 @@ def _load_row(x, row, H, m, RELU: tl.constexpr, FILL: tl.constexpr):
 
 
 @triton.jit
-def _columns(p, N, H_OUT, W_OUT, spacing):
+def _tap(taps, m_c):
+    """Weights of one tap, fp32 [1, BLOCK_C]."""
+    return tl.load(taps, mask=m_c[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _columns(p, N, H_OUT, W_OUT, spacing, ROWS: tl.constexpr):
     """Image, first output row and horizontal position of columns p.
 
     Rows of a group are ``spacing`` apart; groups that interleave follow one another.
@@ -42,26 +46,37 @@ def _columns(p, N, H_OUT, W_OUT, spacing):
 
 @triton.jit
 def _write_rows(
-    y_ptr, z0, z1, z2, z3, n, first, w, N, H_OUT, W_OUT, c, m_c,
-    C: tl.constexpr, SPACING: tl.constexpr,
+    y_ptr, row_ptr, y_slot, z0, z1, z2, z3, tile, N, H_OUT, W_OUT, c, m_c,
+    C: tl.constexpr, BLOCK_P: tl.constexpr, SPACING: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Stores the rows of a group, rounded to storage."""
+    """Stores the rows of a group, rounded to storage.
+
+    Places are computed anew, from a zero that the compiler must read: kept from before the loop
+    over taps they would take registers that the loop needs.
+
+    Args:
+        row_ptr: The item in the table.
+    """
+    p = (tile + tl.load(row_ptr + 15)) * BLOCK_P + tl.arange(0, BLOCK_P)
+    n, first, w = _columns(p, N, H_OUT, W_OUT, SPACING, ROWS)
     base = ((n.to(tl.int64) * H_OUT + first) * W_OUT + w) * C
     step = W_OUT * (SPACING * C)
+    base += tl.load(row_ptr + 2).to(tl.int64) * y_slot
     y = y_ptr + base[:, None] + c[None, :]
     m = (n < N)[:, None] & m_c[None, :]
     STORAGE: tl.constexpr = y_ptr.dtype.element_ty
     tl.store(y, z0.to(STORAGE), mask=m & (first < H_OUT)[:, None])
     tl.store(y + step, z1.to(STORAGE), mask=m & (first + SPACING < H_OUT)[:, None])
-    tl.store(y + 2 * step, z2.to(STORAGE), mask=m & (first + 2 * SPACING < H_OUT)[:, None])
-    tl.store(y + 3 * step, z3.to(STORAGE), mask=m & (first + 3 * SPACING < H_OUT)[:, None])
+    if ROWS == 4:
+        tl.store(y + 2 * step, z2.to(STORAGE), mask=m & (first + 2 * SPACING < H_OUT)[:, None])
+        tl.store(y + 3 * step, z3.to(STORAGE), mask=m & (first + 3 * SPACING < H_OUT)[:, None])
 
 
 @triton.jit
 def _product_and_moments(
     y_ptr, matrix_ptr, partial_ptr, tile, spacing, has_product, N, H_OUT, W_OUT,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """y = W z in place, BLOCK_M pixels at a time, and the moments of y as it is stored."""
     c = tl.arange(0, BLOCK_C)
@@ -71,7 +86,8 @@ def _product_and_moments(
     second = tl.zeros([BLOCK_C], dtype=tl.float32)
     for chunk in range(ROWS * BLOCK_P // BLOCK_M):
         q = chunk * BLOCK_M + tl.arange(0, BLOCK_M)
-        n, first, w = _columns(tile * BLOCK_P + q % BLOCK_P, N, H_OUT, W_OUT, spacing)
+        p = tile * BLOCK_P + q % BLOCK_P
+        n, first, w = _columns(p, N, H_OUT, W_OUT, spacing, ROWS)
         row = first + (q // BLOCK_P) * spacing
         inside = (n < N) & (row < H_OUT)
         m = inside[:, None] & m_c[None, :]
@@ -115,9 +131,9 @@ def _product_and_moments(
 
 @triton.jit
 def _convolve(
-    x_ptr, y_ptr, taps_ptr, x_pixel, tile, N, H, W, H_OUT, W_OUT,
+    x_ptr, y_ptr, taps_ptr, row_ptr, x_pixel, y_slot, tile, N, H, W, H_OUT, W_OUT,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, K: tl.constexpr,
-    D: tl.constexpr, STRIDE: tl.constexpr, RELU: tl.constexpr,
+    D: tl.constexpr, STRIDE: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     SPACING: tl.constexpr = 2 if D == 2 and STRIDE == 1 else 1
     UNIT: tl.constexpr = D if D == SPACING * STRIDE else 1  # rows from one input row to the next
@@ -126,7 +142,7 @@ def _convolve(
     c = tl.arange(0, BLOCK_C)
     m_c = c < C
     p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    n, first, w = _columns(p, N, H_OUT, W_OUT, SPACING)
+    n, first, w = _columns(p, N, H_OUT, W_OUT, SPACING, ROWS)
     top = first * STRIDE - PAD
     start = (n.to(tl.int64) * H + top) * W * x_pixel
     step = W * x_pixel * UNIT
@@ -139,30 +155,48 @@ def _convolve(
         m = ((col >= 0) & (col < W) & (n < N))[:, None] & m_c[None, :]
         column = x_ptr + (start + col * x_pixel)[:, None] + c[None, :]
         taps = taps_ptr + j * C + c[None, :]  # [1, BLOCK_C]
-        for r in tl.static_range(3 * STEP + K):
+        for r in tl.static_range((ROWS - 1) * STEP + K):
             x = _load_row(column + r * step, top + r * UNIT, H, m, RELU, 0.0)
             if r < K:
-                z0 += x * tl.load(taps + r * K * C, mask=m_c[None, :], other=0.0)
+                z0 += x * _tap(taps + r * K * C, m_c)
             if r >= STEP and r - STEP < K:
-                z1 += x * tl.load(taps + (r - STEP) * K * C, mask=m_c[None, :], other=0.0)
-            if r >= 2 * STEP and r - 2 * STEP < K:
-                z2 += x * tl.load(taps + (r - 2 * STEP) * K * C, mask=m_c[None, :], other=0.0)
-            if r >= 3 * STEP and r - 3 * STEP < K:
-                z3 += x * tl.load(taps + (r - 3 * STEP) * K * C, mask=m_c[None, :], other=0.0)
-    _write_rows(y_ptr, z0, z1, z2, z3, n, first, w, N, H_OUT, W_OUT, c, m_c, C, SPACING)
+                z1 += x * _tap(taps + (r - STEP) * K * C, m_c)
+            if ROWS == 4 and r >= 2 * STEP and r - 2 * STEP < K:
+                z2 += x * _tap(taps + (r - 2 * STEP) * K * C, m_c)
+            if ROWS == 4 and r >= 3 * STEP and r - 3 * STEP < K:
+                z3 += x * _tap(taps + (r - 3 * STEP) * K * C, m_c)
+    _write_rows(
+        y_ptr,
+        row_ptr,
+        y_slot,
+        z0,
+        z1,
+        z2,
+        z3,
+        tile,
+        N,
+        H_OUT,
+        W_OUT,
+        c,
+        m_c,
+        C,
+        BLOCK_P,
+        SPACING,
+        ROWS,
+    )
 
 
 @triton.jit
 def _pool(
-    x_ptr, y_ptr, x_pixel, tile, N, H, W, H_OUT, W_OUT,
+    x_ptr, y_ptr, row_ptr, x_pixel, y_slot, tile, N, H, W, H_OUT, W_OUT,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STRIDE: tl.constexpr,
-    MAX: tl.constexpr,
+    MAX: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     FILL: tl.constexpr = float("-inf") if MAX else 0.0
     c = tl.arange(0, BLOCK_C)
     m_c = c < C
     p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    n, first, w = _columns(p, N, H_OUT, W_OUT, 1)
+    n, first, w = _columns(p, N, H_OUT, W_OUT, 1, ROWS)
     top = first * STRIDE - 1
     start = (n.to(tl.int64) * H + top) * W * x_pixel
     step = W * x_pixel
@@ -174,24 +208,44 @@ def _pool(
         col = w * STRIDE + j - 1
         m = ((col >= 0) & (col < W) & (n < N))[:, None] & m_c[None, :]
         column = x_ptr + (start + col * x_pixel)[:, None] + c[None, :]
-        for r in tl.static_range(3 * STRIDE + 3):
+        for r in tl.static_range((ROWS - 1) * STRIDE + 3):
             x = _load_row(column + r * step, top + r, H, m, False, FILL)
             if r < 3:
                 y0 = tl.maximum(y0, x) if MAX else y0 + x
             if r >= STRIDE and r - STRIDE < 3:
                 y1 = tl.maximum(y1, x) if MAX else y1 + x
-            if r >= 2 * STRIDE and r - 2 * STRIDE < 3:
+            if ROWS == 4 and r >= 2 * STRIDE and r - 2 * STRIDE < 3:
                 y2 = tl.maximum(y2, x) if MAX else y2 + x
-            if r >= 3 * STRIDE and r - 3 * STRIDE < 3:
+            if ROWS == 4 and r >= 3 * STRIDE and r - 3 * STRIDE < 3:
                 y3 = tl.maximum(y3, x) if MAX else y3 + x
     if not MAX:
+        p = (tile + tl.load(row_ptr + 15)) * BLOCK_P + tl.arange(0, BLOCK_P)
+        n, first, w = _columns(p, N, H_OUT, W_OUT, 1, ROWS)
         left = w * STRIDE
         across = tl.minimum(left + 2, W) - tl.maximum(left - 1, 0)
         y0 *= _share(first * STRIDE, across, H)[:, None]
         y1 *= _share((first + 1) * STRIDE, across, H)[:, None]
         y2 *= _share((first + 2) * STRIDE, across, H)[:, None]
         y3 *= _share((first + 3) * STRIDE, across, H)[:, None]
-    _write_rows(y_ptr, y0, y1, y2, y3, n, first, w, N, H_OUT, W_OUT, c, m_c, C, 1)
+    _write_rows(
+        y_ptr,
+        row_ptr,
+        y_slot,
+        y0,
+        y1,
+        y2,
+        y3,
+        tile,
+        N,
+        H_OUT,
+        W_OUT,
+        c,
+        m_c,
+        C,
+        BLOCK_P,
+        1,
+        ROWS,
+    )
 
 
 @triton.jit
