@@ -30,6 +30,8 @@ from .dropout import dropout_factor
 from .gradient_rows import device_table, node_gradients, pick_gradient
 from .output_gradient import AVG, MAX, PRODUCT, RECTIFY, output_gradient
 from .pointwise_backward import pointwise_backward
+from .record import search_specialisations
+from .registry import Specialisation, register
 from .transposed import tiles, transposed
 from .weight_gradient import product, weight_gradients
 
@@ -276,3 +278,17 @@ def _finish(
         C=channels, BLOCK_C=block_c, BLOCK_P=block_p, CHANNELS=arrays.channels,
         STRIDE=1 if x.shape[1:3] == dz.shape[2:4] else 2, INCOMING=incoming is not None,
     )  # fmt: skip
+
+
+def _specialisations() -> list[Specialisation]:
+    return search_specialisations(_fan_in_kernel)
+
+
+register(
+    "fan_in",
+    _fan_in_kernel,
+    reference="Reference.fan_in",
+    maths="dx = incoming + [x > 0] sum D + pools + skips",
+    why="8 elements a thread of 4 warps: bound by memory",
+    specialisations=_specialisations,
+)

@@ -21,6 +21,8 @@ from ..interface import Arrays
 from . import common
 from .common import block_channels, pixel_stride
 from .gradient_rows import load_coefficients, node_gradients, pick_gradient
+from .record import search_specialisations
+from .registry import Specialisation, register
 from .weights import packed
 
 PRODUCT, RECTIFY, AVG, MAX = range(4)
@@ -201,3 +203,17 @@ def output_gradient(
         STRIDE=1 if output_size == (height, width) else 2, SECOND=second,
         PRECISION=common.precision(out.dtype), OPERAND=common.operand_dtype(out.dtype),
     )  # fmt: skip
+
+
+def _specialisations() -> list[Specialisation]:
+    return search_specialisations(_output_gradient_kernel, product=True)
+
+
+register(
+    "output_gradient",
+    _output_gradient_kernel,
+    reference="reference._separable_backward",
+    maths="dz = (c0 g + c1 y + c2) W; relu(x); pool gradients",
+    why="16 elements a thread of 4 warps: two 16-byte loads each of g and y in flight",
+    specialisations=_specialisations,
+)

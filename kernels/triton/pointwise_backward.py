@@ -20,6 +20,7 @@ from ..interface import Arrays
 from . import common
 from .common import block_channels, pixel_stride
 from .gradient_rows import load_coefficients
+from .record import search_specialisations
 from .registry import Specialisation, register
 from .weights import packed
 
@@ -127,3 +128,17 @@ def pointwise_backward(
         FACTORIZED=factorized, INCOMING=incoming is not None,
         PRECISION=common.precision(out.dtype), OPERAND=common.operand_dtype(out.dtype),
     )  # fmt: skip
+
+
+def _specialisations() -> list[Specialisation]:
+    return search_specialisations(_pointwise_backward_kernel, product=True)
+
+
+register(
+    "pointwise_backward",
+    _pointwise_backward_kernel,
+    reference="reference._one_by_one_backward",
+    maths="dx = [x > 0] dy W",
+    why="64 input channels a program: the widest input of a search is 4 programs, dy is read from cache",
+    specialisations=_specialisations,
+)

@@ -22,6 +22,7 @@ from ..interface import Arrays
 from . import common
 from .common import SKIP, block_channels, pixel_stride
 from .dropout import dropout_factor
+from .record import search_specialisations
 from .registry import Specialisation, register
 from .sums import sum_partials
 
@@ -118,42 +119,7 @@ def reduce(
 
 
 def _specialisations() -> list[Specialisation]:
-    found = []
-    for channels, size in ((16, 32), (32, 16), (64, 8)):
-        for storage in ("fp32", "bf16", "fp16"):
-            rows, pixels = 36, 96 * size * size
-            element = 4 if storage == "fp32" else 2
-            block_p = _ELEMENTS // channels
-            parts = _parts(rows, pixels, block_p)
-            arrays = ["grad_ptr", "y_ptr", *(f"x{i}_ptr" for i in range(6))]
-            strides = ["grad_pixel", "y_slot", *(f"x{i}_pixel" for i in range(6))]
-            found.append(
-                Specialisation(
-                    shape=(96, size, size, channels),
-                    storage=storage,
-                    signature={
-                        **dict.fromkeys(arrays, f"*{storage}"),
-                        **dict.fromkeys(("scale_ptr", "shift_ptr", "rate_ptr"), "*fp32"),
-                        "state_ptr": "*i64",
-                        "table_ptr": "*i32",
-                        "partials_ptr": "*fp32",
-                        **dict.fromkeys((*strides, "pixels", "parts"), "i32"),
-                    },
-                    constants={
-                        "C": channels,
-                        "BLOCK_C": channels,
-                        "BLOCK_P": block_p,
-                        "CHANNELS": channels,
-                    },
-                    divisible=tuple(strides),
-                    programs=rows * parts,
-                    bytes=rows * pixels * channels * element,
-                    stencil_flops=4 * rows * pixels * channels,
-                    trips=pixels / block_p / parts,
-                    note="5 edges",
-                )
-            )
-    return found
+    return search_specialisations(_reduce_kernel)
 
 
 register(

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import TILE_SCALE, block_channels
+from .record import search_specialisations
 from .registry import Specialisation, register
 
 _ELEMENTS = 1024
@@ -50,21 +51,7 @@ def sum_partials(partials: Tensor, out: Tensor) -> None:
 
 
 def _specialisations() -> list[Specialisation]:
-    found = []
-    for channels, size in ((16, 32), (32, 16), (64, 8)):
-        rows, programs = 36, 64
-        found.append(
-            Specialisation(
-                shape=(96, size, size, channels),
-                storage="fp32",
-                signature={"partials_ptr": "*fp32", "out_ptr": "*fp64", "programs": "i32"},
-                constants={"C": channels, "BLOCK_C": channels, "BLOCK": _ELEMENTS // channels},
-                programs=rows,
-                bytes=rows * channels * (4 * programs + 8),
-                trips=programs * channels / _ELEMENTS,
-            )
-        )
-    return found
+    return search_specialisations(_sum_partials_kernel)
 
 
 register(

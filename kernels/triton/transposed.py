@@ -21,6 +21,8 @@ from torch import Tensor
 from ..interface import Arrays
 from . import common
 from .common import block_channels
+from .record import search_specialisations
+from .registry import Specialisation, register
 from .weights import packed
 
 _ELEMENTS, _REGISTERS = 1024, 128
@@ -35,7 +37,11 @@ def _term(a, dz, tap, want, taps, i, m_c, C: tl.constexpr, K: tl.constexpr, HOW:
     """Adds what row i of the taps, if there is one, makes of dz."""
     if i >= 0 and i < K:
         if HOW == _TAPS:
-            a += dz * tl.load(taps + i * K * C, mask=m_c[None, :], other=0.0)
+            # Without padding no mask: the predicate would take a register too many.
+            if C == m_c.shape[0]:
+                a += dz * tl.load(taps + i * K * C)
+            else:
+                a += dz * tl.load(taps + i * K * C, mask=m_c[None, :], other=0.0)
         elif HOW == _ARG:
             a += tl.where(tap == want, dz, 0.0)
         else:
@@ -69,7 +75,9 @@ def _transpose(
     for j in range((parity + PAD) % HALF, end, HALF):
         shifted = w + PAD - j * D
         col = shifted >> (STRIDE - 1)
-        m_col = (inside & (shifted >= 0) & (col < W_OUT))[:, None] & m_c[None, :]
+        m_col = (inside & (shifted >= 0) & (col < W_OUT))[:, None]
+        if C != m_c.shape[0]:
+            m_col = m_col & m_c[None, :]
         at = (start + col * C)[:, None] + c[None, :]
         taps = taps_ptr + j * C + c[None, :]
         if HOW == _ARG and STRIDE == 1:
@@ -282,3 +290,17 @@ def transposed(
         SECOND=second is not None, num_warps=_warps(out.element_size()), maxnreg=_REGISTERS,
     )  # fmt: skip
     return partials
+
+
+def _specialisations() -> list[Specialisation]:
+    return search_specialisations(_transposed_kernel)
+
+
+register(
+    "transposed",
+    _transposed_kernel,
+    reference="reference.backward",
+    maths="dx[q] = sum_t taps[t] dz[q - t]",
+    why="8 channels (fp32: 4) a thread, 4 rows: 32 sums and a column of loads fill 128 registers",
+    specialisations=_specialisations,
+)

@@ -33,11 +33,13 @@ from .gradient_rows import (
     node_gradients,
     pick_gradient,
 )
+from .record import search_specialisations
+from .registry import Specialisation, register
 from .weights import packed
 
-BLOCK_K, BLOCK_P = 128, 64
 _ELEMENTS = 1024
 _PROGRAMS = 512
+_REGISTERS = 128
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "H_OUT", "W_OUT", "image_tiles", "chunk"])
@@ -45,11 +47,11 @@ def _weight_products_kernel(
     g0_ptr, g1_ptr, g2_ptr, g3_ptr, half_ptr, y_ptr, x_ptr, coef_ptr, partials_ptr, table_ptr,
     g0_pixel, g1_pixel, g2_pixel, g3_pixel, half_slot, y_slot, x_slot, x_pixel,
     N, H, W, H_OUT, W_OUT, image_tiles, chunk,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, CX: tl.constexpr, CB: tl.constexpr,
+    C: tl.constexpr, BLOCK_N: tl.constexpr, CX: tl.constexpr, CB: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, STRIDE: tl.constexpr, RELU: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Program (row of the table, part). RELU: x is not rectified yet."""
+    """Program (row of the table, part, block of o). RELU: x is not rectified yet."""
     table = table_ptr + tl.program_id(0) * 16
     part = tl.program_id(1)
     kernel, dilation, pad = tl.load(table + 5), tl.load(table + 6), tl.load(table + 7)
@@ -65,7 +67,7 @@ def _weight_products_kernel(
     m_x = (row >= 0) & (row < H) & (col >= 0) & (col < W) & m_p[:, None] & m_k[None, :]
     x = x_ptr + tl.load(table + 4).to(tl.int64) * x_slot
     x += (row * W + col) * x_pixel + channel[None, :]  # [BLOCK_P, BLOCK_K]
-    c = tl.arange(0, BLOCK_C)
+    c = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_c = c < C
     m_y = m_p[:, None] & m_c[None, :]
     g_ptr, g_pixel = pick_gradient(
@@ -76,7 +78,7 @@ def _weight_products_kernel(
     y = y_ptr + tl.load(table + 1).to(tl.int64) * y_slot + p[:, None] * C + c[None, :]
     c0, c1, c2 = load_coefficients(coef_ptr, tl.load(table), c, m_c, C)
     STORAGE: tl.constexpr = x_ptr.dtype.element_ty
-    acc = tl.zeros([BLOCK_K, BLOCK_C], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_K, BLOCK_N], dtype=tl.float32)
     first = (part // image_tiles) * chunk
     image = first.to(tl.int64)
     for _ in range(first, tl.minimum(first + chunk, N)):
@@ -97,35 +99,39 @@ def _weight_products_kernel(
 @triton.jit(do_not_specialize=["parts", "split"])
 def _weight_gradients_kernel(
     partials_ptr, taps_ptr, matrices_ptr, grad_ptr, table_ptr, parts, split,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, CX: tl.constexpr, BLOCK: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, CX: tl.constexpr, BLOCK_X: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (item, input channel c): adds the parts of Q and contracts them."""
+    """Program (item, block of input channels): adds the parts of Q and contracts them."""
     table = table_ptr + tl.program_id(0) * 16
-    channel = tl.program_id(1)
+    channel = tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X)
+    m_x = channel < CX
     o = tl.arange(0, BLOCK_C)
-    m_o = o < C
+    m = m_x[:, None] & (o < C)[None, :]
     b = tl.arange(0, BLOCK)
     taps = tl.load(table + 1)
     is_depthwise = tl.load(table + 2) != 0
     depthwise, pointwise = tl.load(table + 3), tl.load(table + 4)
-    weight = tl.load(matrices_ptr + pointwise + o * CX + channel, mask=m_o, other=0.0)
-    weight = weight.to(tl.float32)
-    dw = tl.zeros([BLOCK_C], dtype=tl.float32)
-    for tap in range(taps):
-        row = (tl.load(table) + tap * CX + channel).to(tl.int64)
-        acc = tl.zeros([BLOCK, BLOCK_C], dtype=tl.float32)
+    place = pointwise + o[None, :] * CX + channel[:, None]  # [BLOCK_X, BLOCK_C]
+    weight = tl.load(matrices_ptr + place, mask=m, other=0.0).to(tl.float32)
+    dw = tl.zeros([BLOCK_X, BLOCK_C], dtype=tl.float32)
+    for tap in range(0, taps):
+        row = (tl.load(table) + tap * CX + channel).to(tl.int64) * parts
+        acc = tl.zeros([BLOCK_X, BLOCK, BLOCK_C], dtype=tl.float32)
         for first in range(0, parts, BLOCK):
             part = first + b
-            m = (part < parts)[:, None] & m_o[None, :]
-            at = (row * parts + part)[:, None] * C + o[None, :]
-            acc += tl.load(partials_ptr + at, mask=m, other=0.0)
-        q = tl.sum(acc, 0)
+            at = (row[:, None] + part[None, :])[:, :, None] * C + o[None, None, :]
+            m_part = (part < parts)[None, :, None] & m[:, None, :]
+            acc += tl.load(partials_ptr + at, mask=m_part, other=0.0)
+        q = tl.sum(acc, 1)
         if is_depthwise:
-            tl.store(grad_ptr + depthwise + channel * taps + tap, tl.sum(q * weight, 0))
-            dw += q * tl.load(taps_ptr + depthwise + tap * CX + channel)
+            to = depthwise + channel * taps + tap
+            tl.store(grad_ptr + to, tl.sum(q * weight, 1), mask=m_x)
+            scale = tl.load(taps_ptr + depthwise + tap * CX + channel, mask=m_x, other=0.0)
+            dw += q * scale[:, None]
         else:
-            dw += tl.where((o < split) == (tap == 0), q, 0.0)
-    tl.store(grad_ptr + pointwise + o * CX + channel, dw, mask=m_o)
+            dw += tl.where(((o < split) == (tap == 0))[None, :], q, 0.0)
+    tl.store(grad_ptr + place, dw, mask=m)
 
 
 @dataclass(frozen=True)
@@ -172,12 +178,36 @@ def product(item: Item, number: int, source: int, offsets: list[int]) -> Product
     return Product(*where, *geometry, depthwise, offsets[item.pointwise])
 
 
-def product_rows(products: list[Product], width: int) -> list[list[int]]:
+@dataclass(frozen=True)
+class Settings:
+    """Tile of the products: ``[block_k, block_p] x [block_p, block_n]``, and warps.
+
+    128 rows are two 64-row instructions of sm_90; half precision with 32 columns takes 8 warps and
+    float32, whose operands are split in two, a quarter of the tile to stay within 128 registers.
+    """
+
+    block_k: int
+    block_p: int
+    block_n: int
+    warps: int
+
+
+def settings(element: int, channels: int) -> Settings:
+    """By bytes of a stored element and C."""
+    block = block_channels(channels)
+    if common.INTERPRETED:
+        return Settings(512, 512, block, 4)
+    if element == 4:
+        return Settings(64, 32, 16, 4)
+    return Settings(128, 64, 16, 4) if block == 16 else Settings(128, 64, 32, 8)
+
+
+def product_rows(products: list[Product], width: int, block_k: int) -> list[list[int]]:
     """Rows of the first kernel: taps and input channels of every item in blocks."""
-    block = min(block_channels(width), BLOCK_K)
+    block = min(block_channels(width), block_k)
     rows, base = [], 0
     for item in products:
-        for tap in range(0, item.taps, BLOCK_K // block):
+        for tap in range(0, item.taps, block_k // block):
             for channel in range(0, width, block):
                 rows.append(
                     [item.number, item.slot, item.node, item.half, item.input]
@@ -197,9 +227,9 @@ def _contraction_rows(products: list[Product], width: int) -> list[list[int]]:
     return rows
 
 
-def division(rows: int, images: int, pixels: int) -> tuple[int, int]:
+def division(rows: int, images: int, pixels: int, block_p: int) -> tuple[int, int]:
     """Parts that the pixels of an image are divided in, and images a program goes through."""
-    tiles = triton.cdiv(pixels, BLOCK_P)
+    tiles = triton.cdiv(pixels, block_p)
     shares = min(images, triton.cdiv(_PROGRAMS, rows * tiles))
     return tiles, triton.cdiv(images, shares)
 
@@ -226,10 +256,14 @@ def weight_gradients(
     grad = arrays.weights.grad
     assert grad is not None
     device, channels, width = coef.device, coef.shape[-1], inputs.shape[-1]
-    key = (arrays.y.shape[-1], width)
-    table = device_table(call, ("products", *key), device, lambda: product_rows(products, width))
+    chosen = settings(inputs.element_size(), channels)
+    key = (channels, width, chosen.block_k)
+    table = device_table(
+        call, ("products", *key), device, lambda: product_rows(products, width, chosen.block_k)
+    )
     images, height, across = inputs.shape[1:4]
-    tiles, chunk = division(len(table), images, output_size[0] * output_size[1])
+    pixels = output_size[0] * output_size[1]
+    tiles, chunk = division(len(table), images, pixels, chosen.block_p)
     parts = tiles * triton.cdiv(images, chunk)
     total = sum(item.taps for item in products) * width
     partials = torch.empty(total, parts, channels, dtype=torch.float32, device=device)
@@ -237,20 +271,51 @@ def weight_gradients(
     halves = arrays.y if arrays.half_grads is None else arrays.half_grads
     storage, stride = inputs.dtype, 1 if output_size == (height, across) else 2
     block_c = block_channels(channels)
-    _weight_products_kernel[(len(table), parts)](
+    _weight_products_kernel[(len(table), parts, triton.cdiv(channels, chosen.block_n))](
         *grads, halves, arrays.y, inputs, coef, partials, table,
         *strides, halves.stride(0), arrays.y.stride(0), inputs.stride(0), pixel_stride(inputs[0]),
         images, height, across, *output_size, tiles, chunk,
-        C=channels, BLOCK_C=block_c, CX=width, CB=min(block_channels(width), BLOCK_K),
-        BLOCK_K=BLOCK_K, BLOCK_P=BLOCK_P, STRIDE=stride, RELU=not rectified,
+        C=channels, BLOCK_N=chosen.block_n, CX=width,
+        CB=min(block_channels(width), chosen.block_k), BLOCK_K=chosen.block_k,
+        BLOCK_P=chosen.block_p, STRIDE=stride, RELU=not rectified,
         PRECISION=common.precision(storage), OPERAND=common.operand_dtype(storage),
+        num_warps=chosen.warps, maxnreg=_REGISTERS,
     )  # fmt: skip
     table = device_table(
         call, ("contraction", *key), device, lambda: _contraction_rows(products, width)
     )
     weights = packed(arrays.weights, storage)
-    _weight_gradients_kernel[(len(products), width)](
+    # One channel a program on a GPU: there are few. The interpreter wants few programs.
+    block_x = min(64, block_channels(width)) if common.INTERPRETED else 1
+    _weight_gradients_kernel[(len(products), triton.cdiv(width, block_x))](
         partials, weights.taps, weights.matrices, grad, table, parts,
         arrays.channels // 2 if products[0].spread == 3 else channels,
-        C=channels, BLOCK_C=block_c, CX=width, BLOCK=_ELEMENTS // block_c,
+        C=channels, BLOCK_C=block_c, CX=width, BLOCK_X=block_x, BLOCK=_ELEMENTS // block_c * common.TILE_SCALE,
     )  # fmt: skip
+
+
+def _specialisations() -> list[Specialisation]:
+    return search_specialisations(_weight_products_kernel, product=True)
+
+
+def _contraction_specialisations() -> list[Specialisation]:
+    return search_specialisations(_weight_gradients_kernel, gathers=True)
+
+
+register(
+    "weight_products",
+    _weight_products_kernel,
+    reference="reference._convolution_backward",
+    maths="Q[t, c, o] = sum_p r[p + t, c] dy[p, o]",
+    why="see weight_gradient.Settings",
+    specialisations=_specialisations,
+)
+
+register(
+    "weight_gradients",
+    _weight_gradients_kernel,
+    reference="reference._convolution_backward",
+    maths="dW = sum_t d[t] Q[t]; dd[t] = sum_o W[o] Q[t, o]",
+    why="1024 partial sums at a time are two 16-byte loads a thread; results are few and scattered",
+    specialisations=_contraction_specialisations,
+)
