@@ -142,8 +142,11 @@ def precision(storage: torch.dtype) -> str:
     """
     if storage != torch.float32:
         return "ieee"
-    allowed = torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if allowed or torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    matmul = torch.backends.cuda.matmul
+    # Older releases of torch have only the first of both names; newer ones raise on reading it
+    # once the second was set.
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if allowed else "tf32x3"
 
 
 def check_storage(x: Tensor) -> None:
