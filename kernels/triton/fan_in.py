@@ -1,4 +1,4 @@
-"""Backward of everything that leaves a state, by the kernels of four other files and one of its own.
+"""Backward of everything that leaves a state, by the kernels of four other files and its own.
 
     dz = dy W of every convolution; relu(x); dP of shared pools           output_gradient.py
     D_k = sum over items of group k of (d transposed * dz), of pools      transposed.py
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -39,7 +38,9 @@ _ELEMENTS = 1024
 _PROGRAMS = 512
 
 
-@triton.jit(do_not_specialize=["pixels", "H", "W", "H_OUT", "W_OUT", "groups", "pools", "reduces", "skips"])
+@triton.jit(
+    do_not_specialize=["pixels", "H", "W", "H_OUT", "W_OUT", "groups", "pools", "reduces", "skips"]
+)
 def _fan_in_kernel(
     g0_ptr, g1_ptr, g2_ptr, g3_ptr, x_ptr, parts_ptr, dz_ptr, incoming_ptr, coef_ptr, rate_ptr,
     state_ptr, table_ptr, out_ptr,
@@ -99,7 +100,7 @@ def _fan_in_kernel(
 
 @dataclass(frozen=True)
 class _Rows:
-    """Tables of a call as lists, see the kernels; ``gradients`` has ``launched`` rows of its own."""
+    """Tables of a call as lists; of ``gradients`` the first ``launched`` rows are programs."""
 
     gradients: list[list[int]]
     launched: int
@@ -157,7 +158,8 @@ def _make_rows(
             arrays += 1
     rows, groups = _split(stencils, splits, offsets)
     begin = len(rows)
-    shared, launched = [], len(gradients) + sum(map(bool, pools.values())) + rectify
+    shared: list[list[int]] = []
+    launched = len(gradients) + sum(map(bool, pools.values())) + rectify
     for kind, numbers in pools.items():
         if numbers:
             first = call.items[numbers[0]]
@@ -180,7 +182,9 @@ def _make_rows(
 _made: dict[tuple[object, ...], _Rows] = {}
 
 
-def _rows(call: Call, arrays: Arrays, splits: int, wanted: bool) -> tuple[_Rows, tuple[object, ...]]:
+def _rows(
+    call: Call, arrays: Arrays, splits: int, wanted: bool
+) -> tuple[_Rows, tuple[object, ...]]:
     """The rows of a call and the key that they were made under."""
     channels = arrays.y.shape[-1]
     key = (splits, channels, wanted, arrays.training)
@@ -231,10 +235,9 @@ def _gather(
     stride = 1 if size == tuple(x.shape[1:3]) else 2
     splits = triton.cdiv(_PROGRAMS, tiles(x.shape, stride))
     rows, key = _rows(call, arrays, splits, wanted)
-    empty = {"dtype": y.dtype, "device": y.device}
-    dz = torch.empty(max(1, rows.arrays), *y.shape[1:], **empty)
-    parts = torch.empty(max(1, len(rows.groups)), *x.shape, **empty)
-    rectified = torch.empty(1, *x.shape, **empty) if wanted else dz
+    dz = y.new_empty(max(1, rows.arrays), *y.shape[1:])
+    parts = y.new_empty(max(1, len(rows.groups)), *x.shape)
+    rectified = y.new_empty(1, *x.shape) if wanted else dz
     if rows.launched:
         table = device_table(call, ("output_gradient", *key), y.device, lambda: rows.gradients)
         output_gradient(arrays, table, rows.launched, dz, rectified, x, size, coef)

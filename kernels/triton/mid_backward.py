@@ -13,15 +13,12 @@ Reference: ``Reference.mid_backward``. Test: tests/triton_interpret.
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
-from .. import plan
 from ..calls import Call
 from ..interface import Arrays
 from . import common
-from .common import block_channels
-from .gradient_rows import device_table, node_gradients
+from .gradient_rows import device_table
 from .output_gradient import PRODUCT, RECTIFY, output_gradient
 from .sums import sum_partials
 from .transposed import transposed
@@ -49,7 +46,10 @@ def mid_backward(
     common.check_storage(y)
     channels, offsets = y.shape[-1], arrays.weights.layout.offsets
     wanted = arrays.weights.grad is not None
-    stack = torch.empty(2 if wanted else 1, len(items), *y.shape[1:], dtype=y.dtype, device=y.device)
+    size = (y.shape[2], y.shape[3])
+    stack = torch.empty(
+        2 if wanted else 1, len(items), *y.shape[1:], dtype=y.dtype, device=y.device
+    )
     dz, rectified = stack[0], stack[-1]
     table = device_table(
         call,
@@ -57,9 +57,7 @@ def mid_backward(
         y.device,
         lambda: _gradient_rows(call, offsets, channels, wanted),
     )
-    output_gradient(
-        arrays, table, len(table), dz, rectified, y[0], y[0].shape[1:3], coef, scale, shift
-    )
+    output_gradient(arrays, table, len(table), dz, rectified, y[0], size, coef, scale, shift)
     groups = device_table(
         call,
         ("groups", channels),
@@ -80,5 +78,5 @@ def mid_backward(
     if wanted:
         products = [product(item, i, i, offsets) for i, item in enumerate(items)]
         weight_gradients(
-            call, arrays, products, rectified, y.shape[2:4], coef, rectified=True
+            call, arrays, products, rectified, size, coef, rectified=True
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the backward pass writes once and reads many times: dz, rectified inputs, gradients of pools.
+"""What the backward pass writes once and reads many times: dz, rectified inputs, dP of pools.
 
     PRODUCT   dz = (c0 g + c1 y + c2) W           gradient of a convolution's depthwise output
     RECTIFY   r = relu(x),  v = relu(y scale + shift)     what weight gradients multiply with

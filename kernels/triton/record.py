@@ -231,12 +231,12 @@ def _meta_pass(
     def meta(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=of, device="meta")
 
+    inputs = [meta(batch, *s, d) for s, d in zip(sizes, depths, strict=True)]
+    states = [meta(batch, *state_size(plan, i, *s), channels) for i, s in enumerate(sizes)]
     out = [-(-extent // (2 if plan.reduction else 1)) for extent in size]
     saved = Saved(
-        inputs=tuple(meta(batch, *s, d) for s, d in zip(sizes, depths, strict=True)),
-        states=tuple(
-            meta(batch, *state_size(plan, which, *s), channels) for which, s in enumerate(sizes)
-        ),
+        inputs=(inputs[0], inputs[1]),
+        states=(states[0], states[1]),
         nodes=meta(batch, *out, plan.steps * channels),
         slots=meta(plan.num_slots, batch, *out, channels),
         norms=meta(plan.num_slots + 2, 2, channels, of=torch.float64),

@@ -38,7 +38,7 @@ def _term(a, dz, tap, want, taps, i, m_c, C: tl.constexpr, K: tl.constexpr, HOW:
     if i >= 0 and i < K:
         if HOW == _TAPS:
             # Without padding no mask: the predicate would take a register too many.
-            if C == m_c.shape[0]:
+            if m_c.shape[0] == C:
                 a += dz * tl.load(taps + i * K * C)
             else:
                 a += dz * tl.load(taps + i * K * C, mask=m_c[None, :], other=0.0)
@@ -51,7 +51,7 @@ def _term(a, dz, tap, want, taps, i, m_c, C: tl.constexpr, K: tl.constexpr, HOW:
 
 @triton.jit
 def _transpose(
-    a0, a1, a2, a3, dz_ptr, arg_ptr, taps_ptr, image, first, w, parity, inside, H_OUT, W_OUT,
+    a0, a1, a2, a3, dz_ptr, arg_slot, taps_ptr, image, first, w, parity, inside, H_OUT, W_OUT,
     c, m_c, C: tl.constexpr, K: tl.constexpr, D: tl.constexpr, STRIDE: tl.constexpr,
     HOW: tl.constexpr,
 ):  # fmt: skip
@@ -63,6 +63,8 @@ def _transpose(
     HALF: tl.constexpr = 2 if STRIDE == 2 and D == 1 else 1
     UNIT: tl.constexpr = 2 if STRIDE == 1 and D == 2 else 1
     LEAD: tl.constexpr = PAD if HALF == 2 else 0
+    # 8 channels a thread at stride 1 are the tightest fit into 128 registers.
+    NARROW: tl.constexpr = STRIDE == 1 and dz_ptr.dtype.element_ty != tl.float32
     FIRST: tl.constexpr = -(PAD // 2) if HALF == 2 else 1 - K
     LAST: tl.constexpr = (3 + LEAD) // HALF
     base = first >> 1 if HALF == 2 else (first + PAD) >> (STRIDE - 1)
@@ -76,30 +78,32 @@ def _transpose(
         shifted = w + PAD - j * D
         col = shifted >> (STRIDE - 1)
         m_col = (inside & (shifted >= 0) & (col < W_OUT))[:, None]
-        if C != m_c.shape[0]:
+        if m_c.shape[0] != C:
             m_col = m_col & m_c[None, :]
         at = (start + col * C)[:, None] + c[None, :]
         taps = taps_ptr + j * C + c[None, :]
-        if HOW == _ARG and STRIDE == 1:
+        if HOW == _ARG and NARROW:
             # Rows without a tap match none of 0..8. A loop at run time: unrolled it spills.
             for s in range(FIRST, LAST + 1):
                 row = base + s * UNIT
                 m = m_col & ((row >= 0) & (row < H_OUT))[:, None]
-                tap = tl.load(arg_ptr + at + (s - FIRST) * step, mask=m, other=9.0).to(tl.float32)
+                tap = tl.load(dz_ptr + arg_slot + at + (s - FIRST) * step, mask=m, other=9.0)
                 dz = tl.load(dz_ptr + at + (s - FIRST) * step, mask=m, other=0.0).to(tl.float32)
-                tap -= ((LEAD - HALF * s) * K + j) * 1.0
+                tap = tap.to(tl.float32) - ((LEAD - HALF * s) * K + j) * 1.0
                 a0 += tl.where(tap == 0.0, dz, 0.0)
                 a1 += tl.where(tap == 1.0 * K, dz, 0.0)
                 a2 += tl.where(tap == 2.0 * K, dz, 0.0)
                 a3 += tl.where(tap == 3.0 * K, dz, 0.0)
         else:
             for s in tl.static_range(FIRST, LAST + 1):
+                if NARROW and s - FIRST == 4:
+                    tl.debug_barrier()  # keeps the later loads where they are: eight rows spill
                 row = base + s * UNIT
                 m = m_col & ((row >= 0) & (row < H_OUT))[:, None]
                 dz = tl.load(dz_ptr + at + (s - FIRST) * step, mask=m, other=0.0).to(tl.float32)
                 tap = dz
                 if HOW == _ARG:
-                    tap = tl.load(arg_ptr + at + (s - FIRST) * step, mask=m, other=9.0)
+                    tap = tl.load(dz_ptr + arg_slot + at + (s - FIRST) * step, mask=m, other=9.0)
                     tap = tap.to(tl.float32) - ((LEAD - HALF * s) * K + j) * 1.0
                 a0 = _term(a0, dz, tap, 0.0, taps, LEAD - HALF * s, m_c, C, K, HOW)
                 a1 = _term(a1, dz, tap, 1.0 * K, taps, LEAD + 1 - HALF * s, m_c, C, K, HOW)
@@ -165,35 +169,34 @@ def _transposed_kernel(
         taps = taps_ptr + tl.multiple_of(tl.load(row + 2), 16)
         if kind == 0:
             a0, a1, a2, a3 = _transpose(
-                a0, a1, a2, a3, dz, dz, taps, image, first, w, parity, inside, H_OUT, W_OUT,
+                a0, a1, a2, a3, dz, dz_slot, taps, image, first, w, parity, inside, H_OUT, W_OUT,
                 c, m_c, C, 3, 1, STRIDE, 0,
             )  # fmt: skip
         elif kind == 1:
             a0, a1, a2, a3 = _transpose(
-                a0, a1, a2, a3, dz, dz, taps, image, first, w, parity, inside, H_OUT, W_OUT,
+                a0, a1, a2, a3, dz, dz_slot, taps, image, first, w, parity, inside, H_OUT, W_OUT,
                 c, m_c, C, 5, 1, STRIDE, 0,
             )  # fmt: skip
         if not SECOND:
             if kind == 2:
                 a0, a1, a2, a3 = _transpose(
-                    a0, a1, a2, a3, dz, dz, taps, image, first, w, parity, inside, H_OUT, W_OUT,
-                    c, m_c, C, 3, 2, STRIDE, 0,
+                    a0, a1, a2, a3, dz, dz_slot, taps, image, first, w, parity, inside, H_OUT,
+                    W_OUT, c, m_c, C, 3, 2, STRIDE, 0,
                 )  # fmt: skip
             elif kind == 3:
                 a0, a1, a2, a3 = _transpose(
-                    a0, a1, a2, a3, dz, dz, taps, image, first, w, parity, inside, H_OUT, W_OUT,
-                    c, m_c, C, 5, 2, STRIDE, 0,
+                    a0, a1, a2, a3, dz, dz_slot, taps, image, first, w, parity, inside, H_OUT,
+                    W_OUT, c, m_c, C, 5, 2, STRIDE, 0,
                 )  # fmt: skip
             elif kind == 4:
-                arg = dz_ptr + tl.load(row + 3).to(tl.int64) * dz_slot
                 a0, a1, a2, a3 = _transpose(
-                    a0, a1, a2, a3, dz, arg, taps, image, first, w, parity, inside, H_OUT, W_OUT,
-                    c, m_c, C, 3, 1, STRIDE, 2,
+                    a0, a1, a2, a3, dz, dz_slot, taps, image, first, w, parity, inside, H_OUT,
+                    W_OUT, c, m_c, C, 3, 1, STRIDE, 2,
                 )  # fmt: skip
             elif kind == 5:
                 a0, a1, a2, a3 = _transpose(
-                    a0, a1, a2, a3, dz, dz, taps, image, first, w, parity, inside, H_OUT, W_OUT,
-                    c, m_c, C, 3, 1, STRIDE, 1,
+                    a0, a1, a2, a3, dz, dz_slot, taps, image, first, w, parity, inside, H_OUT,
+                    W_OUT, c, m_c, C, 3, 1, STRIDE, 1,
                 )  # fmt: skip
     pixel = (n * H + first) * W + w
     m0 = inside & (first < H)
@@ -264,8 +267,8 @@ def transposed(
             ``out`` the group goes, and the slot that second halves read or else the dilation of
             all items of the group.
         count: How many groups.
-        table: int32 ``[n, 16]``: kind, where in ``dz`` its gradient is, offset of its taps, where
-            in ``dz`` the taps of maxima are.
+        table: int32 ``[n, 16]``: kind, where in ``dz`` its gradient is, offset of its taps. The
+            taps of maxima follow their gradient in ``dz``.
         dz: ``[n, N, H_out, W_out, C]``.
         out: ``[n, N, H, W, C]``, written.
         second: Scale and shift, float32 ``[n, C]``, of what second halves read.

@@ -115,7 +115,7 @@ def _weight_gradients_kernel(
     place = pointwise + o[None, :] * CX + channel[:, None]  # [BLOCK_X, BLOCK_C]
     weight = tl.load(matrices_ptr + place, mask=m, other=0.0).to(tl.float32)
     dw = tl.zeros([BLOCK_X, BLOCK_C], dtype=tl.float32)
-    for tap in range(0, taps):
+    for tap in range(taps):
         row = (tl.load(table) + tap * CX + channel).to(tl.int64) * parts
         acc = tl.zeros([BLOCK_X, BLOCK, BLOCK_C], dtype=tl.float32)
         for first in range(0, parts, BLOCK):
@@ -209,11 +209,11 @@ def product_rows(products: list[Product], width: int, block_k: int) -> list[list
     for item in products:
         for tap in range(0, item.taps, block_k // block):
             for channel in range(0, width, block):
-                rows.append(
-                    [item.number, item.slot, item.node, item.half, item.input]
-                    + [item.kernel, item.dilation, item.pad, tap, item.taps, channel]
-                    + [base + tap * width + channel, item.spread]
-                )
+                rows.append([
+                    item.number, item.slot, item.node, item.half, item.input, item.kernel,
+                    item.dilation, item.pad, tap, item.taps, channel,
+                    base + tap * width + channel, item.spread,
+                ])  # fmt: skip
         base += item.taps * width
     return rows
 
@@ -290,7 +290,8 @@ def weight_gradients(
     _weight_gradients_kernel[(len(products), triton.cdiv(width, block_x))](
         partials, weights.taps, weights.matrices, grad, table, parts,
         arrays.channels // 2 if products[0].spread == 3 else channels,
-        C=channels, BLOCK_C=block_c, CX=width, BLOCK_X=block_x, BLOCK=_ELEMENTS // block_c * common.TILE_SCALE,
+        C=channels, BLOCK_C=block_c, CX=width, BLOCK_X=block_x,
+        BLOCK=_ELEMENTS // block_c * common.TILE_SCALE,
     )  # fmt: skip
 
 
@@ -316,6 +317,6 @@ register(
     _weight_gradients_kernel,
     reference="reference._convolution_backward",
     maths="dW = sum_t d[t] Q[t]; dd[t] = sum_o W[o] Q[t, o]",
-    why="1024 partial sums at a time are two 16-byte loads a thread; results are few and scattered",
+    why="1024 partial sums at a time are two 16-byte loads a thread; few, scattered results",
     specialisations=_contraction_specialisations,
 )
