@@ -143,10 +143,11 @@ def precision(storage: torch.dtype) -> str:
     if storage != torch.float32:
         return "ieee"
     matmul = torch.backends.cuda.matmul
-    # Older releases of torch have only the first of both names; newer ones raise on reading it
-    # once the second was set.
-    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    return "tf32" if allowed else "tf32x3"
+    # Older releases of torch have only the second of both names; newer ones raise on reading it
+    # once the first was set.
+    if hasattr(matmul, "fp32_precision"):
+        return "tf32" if matmul.fp32_precision == "tf32" else "tf32x3"
+    return "tf32" if matmul.allow_tf32 else "tf32x3"
 
 
 def check_storage(x: Tensor) -> None:

@@ -98,20 +98,23 @@ def settings(storage: str, channels: int, blackwell: bool) -> dict[str, Any]:
     A thread of 4 warps holds 8 channels of one column, 16 bytes of bfloat16. float32 takes 8
     warps: 4 channels a thread, or the sums of 4 rows and the loads in flight exceed 128 registers.
     Products are 4 rows at once in half precision; in float32 half of them, 16 input channels at a
-    time, since an operand takes twice the room, and three products four times.
+    time, since an operand takes twice the room, and three products four times; a quarter from
+    C=64 on, where half spilled 8 bytes on sm_80.
 
     For Blackwell the compiler pairs float32 arithmetic, and pairs of registers fit 128 only with 2
-    rows a group in half precision: 4 rows took 138 to 148, or spilled up to 32 bytes.
+    rows a group in half precision: 4 rows took 138 to 148, or spilled up to 32 bytes. So does
+    float16 everywhere: 4 rows spilled up to 24 bytes on sm_90.
     """
     block = common.block_channels(channels)
     wide = storage in ("fp32", "tf32")
     columns = max(16, 1024 // block) * common.TILE_SCALE
-    rows = 2 if blackwell and not wide else 4
+    rows = 2 if storage == "fp16" or (blackwell and not wide) else 4
+    chunk = rows if not wide else 2 if block < 64 else 1
     return {
         "ROWS": rows,
         "BLOCK_C": block,
         "BLOCK_P": columns,
-        "BLOCK_M": max(16, (2 if wide else rows) * columns),
+        "BLOCK_M": max(16, chunk * columns),
         "BLOCK_K": 16 if wide else min(64, block),
         "num_warps": 8 if wide else 4,
         "maxnreg": 128,
