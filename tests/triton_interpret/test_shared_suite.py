@@ -33,7 +33,6 @@ SELECTIONS = {
     "cell-reduction-pruned": ([f"{CELL}[triton-both]"], 1),
     "cell-odd-size-pruned": ([f"{CELL}[triton-stage3-odd-reduction]"], 1),
     "cell-dropout-padded-channels": ([f"{CELL}[triton-dropout-c6]"], 1),
-    "cell-dropout": ([f"{CELL}[triton-dropout]"], 1),
     "cell-evaluation": ([f"{CELL}[triton-evaluation-reduction]"], 1),
     "cell-one-pixel-wide": ([f"{CELL}[triton-one-pixel-wide]"], 1),
     "amp": ([f"{AMP}[triton-both]"], 1),
