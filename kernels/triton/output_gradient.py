@@ -202,6 +202,7 @@ def output_gradient(
         C=channels, BLOCK_C=block_c, BLOCK_P=block_p,
         STRIDE=1 if output_size == (height, width) else 2, SECOND=second,
         PRECISION=common.precision(out.dtype), OPERAND=common.operand_dtype(out.dtype),
+        num_warps=8 if block_c >= 64 and out.element_size() == 4 else 4,
     )  # fmt: skip
 
 
@@ -214,6 +215,6 @@ register(
     _output_gradient_kernel,
     reference="reference._separable_backward",
     maths="dz = (c0 g + c1 y + c2) W; relu(x); pool gradients",
-    why="16 elements a thread of 4 warps: two 16-byte loads each of g and y in flight",
+    why="16 elements a thread of 4 warps; float32 products at C=64 need 8 for 128 registers",
     specialisations=_specialisations,
 )

@@ -53,11 +53,12 @@ def _term(a, dz, tap, want, taps, i, m_c, C: tl.constexpr, K: tl.constexpr, HOW:
 def _transpose(
     a0, a1, a2, a3, dz_ptr, arg_slot, taps_ptr, image, first, w, parity, inside, H_OUT, W_OUT,
     c, m_c, C: tl.constexpr, K: tl.constexpr, D: tl.constexpr, STRIDE: tl.constexpr,
-    HOW: tl.constexpr,
+    HOW: tl.constexpr, PAUSE: tl.constexpr,
 ):  # fmt: skip
     """Adds one item to four rows of sums, D apart, fp32 [BLOCK_P, BLOCK_C] each.
 
-    Row ``base + UNIT s`` of dz reaches row k of the sums by tap ``k + LEAD - HALF s``.
+    Row ``base + UNIT s`` of dz reaches row k of the sums by tap ``k + LEAD - HALF s``. PAUSE:
+    whether a barrier keeps the loads of eight rows apart, which makes or breaks 128 registers.
     """
     PAD: tl.constexpr = D * (K - 1) // 2
     HALF: tl.constexpr = 2 if STRIDE == 2 and D == 1 else 1
@@ -96,8 +97,8 @@ def _transpose(
                 a3 += tl.where(tap == 3.0 * K, dz, 0.0)
         else:
             for s in tl.static_range(FIRST, LAST + 1):
-                if NARROW and s - FIRST == 4:
-                    tl.debug_barrier()  # keeps the later loads where they are: eight rows spill
+                if PAUSE and NARROW and s - FIRST == 4:
+                    tl.debug_barrier()
                 row = base + s * UNIT
                 m = m_col & ((row >= 0) & (row < H_OUT))[:, None]
                 dz = tl.load(dz_ptr + at + (s - FIRST) * step, mask=m, other=0.0).to(tl.float32)
@@ -170,33 +171,33 @@ def _transposed_kernel(
         if kind == 0:
             a0, a1, a2, a3 = _transpose(
                 a0, a1, a2, a3, dz, dz_slot, taps, image, first, w, parity, inside, H_OUT, W_OUT,
-                c, m_c, C, 3, 1, STRIDE, 0,
+                c, m_c, C, 3, 1, STRIDE, 0, not SECOND,
             )  # fmt: skip
         elif kind == 1:
             a0, a1, a2, a3 = _transpose(
                 a0, a1, a2, a3, dz, dz_slot, taps, image, first, w, parity, inside, H_OUT, W_OUT,
-                c, m_c, C, 5, 1, STRIDE, 0,
+                c, m_c, C, 5, 1, STRIDE, 0, not SECOND,
             )  # fmt: skip
         if not SECOND:
             if kind == 2:
                 a0, a1, a2, a3 = _transpose(
                     a0, a1, a2, a3, dz, dz_slot, taps, image, first, w, parity, inside, H_OUT,
-                    W_OUT, c, m_c, C, 3, 2, STRIDE, 0,
+                    W_OUT, c, m_c, C, 3, 2, STRIDE, 0, not SECOND,
                 )  # fmt: skip
             elif kind == 3:
                 a0, a1, a2, a3 = _transpose(
                     a0, a1, a2, a3, dz, dz_slot, taps, image, first, w, parity, inside, H_OUT,
-                    W_OUT, c, m_c, C, 5, 2, STRIDE, 0,
+                    W_OUT, c, m_c, C, 5, 2, STRIDE, 0, not SECOND,
                 )  # fmt: skip
             elif kind == 4:
                 a0, a1, a2, a3 = _transpose(
                     a0, a1, a2, a3, dz, dz_slot, taps, image, first, w, parity, inside, H_OUT,
-                    W_OUT, c, m_c, C, 3, 1, STRIDE, 2,
+                    W_OUT, c, m_c, C, 3, 1, STRIDE, 2, not SECOND,
                 )  # fmt: skip
             elif kind == 5:
                 a0, a1, a2, a3 = _transpose(
                     a0, a1, a2, a3, dz, dz_slot, taps, image, first, w, parity, inside, H_OUT,
-                    W_OUT, c, m_c, C, 3, 1, STRIDE, 1,
+                    W_OUT, c, m_c, C, 3, 1, STRIDE, 1, not SECOND,
                 )  # fmt: skip
     pixel = (n * H + first) * W + w
     m0 = inside & (first < H)
