@@ -289,7 +289,7 @@ def weight_gradients(
     block_x = min(64, block_channels(width)) if common.INTERPRETED else 1
     _weight_gradients_kernel[(len(products), triton.cdiv(width, block_x))](
         partials, weights.taps, weights.matrices, grad, table, parts,
-        arrays.channels // 2 if products[0].spread == 3 else channels,
+        arrays.channels // 2 if any(item.spread == 3 for item in products) else channels,
         C=channels, BLOCK_C=block_c, CX=width, BLOCK_X=block_x,
         BLOCK=_ELEMENTS // block_c * common.TILE_SCALE,
     )  # fmt: skip
