@@ -24,7 +24,8 @@ from .record import search_specialisations
 from .registry import Specialisation, register
 from .weights import packed
 
-_ELEMENTS, _BLOCK_N = 4096, 64
+# Input channels, and registers, of a program.
+_BLOCK_N, _REGISTERS = 32, 128
 
 
 @triton.jit
@@ -100,9 +101,10 @@ def _pointwise_backward_kernel(
         )  # fmt: skip
 
 
-def _block(channels: int) -> int:
-    """Pixels a tile."""
-    return max(16, min(128, _ELEMENTS // max(channels, _BLOCK_N))) * common.TILE_SCALE
+def _block(element: int, block_c: int) -> int:
+    """Pixels of a tile by bytes of an element: more spill, fewer make accesses narrow."""
+    fewest = 64 if block_c == 16 else 16
+    return (fewest if element == 4 else 32) * common.TILE_SCALE
 
 
 def pointwise_backward(
@@ -113,7 +115,7 @@ def pointwise_backward(
     y = arrays.y[item.slot]
     channels, width = y.shape[-1], x.shape[-1]
     block_c = block_channels(channels)
-    block_p = _block(block_c)
+    block_p = _block(out.element_size(), block_c)
     pixels = y[..., 0].numel()
     matrix = packed(arrays.weights, out.dtype).matrices
     matrix = matrix[arrays.weights.layout.offsets[item.pointwise] :]
@@ -127,6 +129,7 @@ def pointwise_backward(
         C=channels, BLOCK_C=block_c, CX=width, BLOCK_N=_BLOCK_N, BLOCK_P=block_p,
         FACTORIZED=factorized, INCOMING=incoming is not None,
         PRECISION=common.precision(out.dtype), OPERAND=common.operand_dtype(out.dtype),
+        num_warps=4, maxnreg=_REGISTERS,
     )  # fmt: skip
 
 
@@ -139,6 +142,6 @@ register(
     _pointwise_backward_kernel,
     reference="reference._one_by_one_backward",
     maths="dx = [x > 0] dy W",
-    why="64 input channels a program: the widest input of a search is 4 programs",
+    why="32 pixels and input channels a program, fp32 16 from C=32 on: more spill",
     specialisations=_specialisations,
 )

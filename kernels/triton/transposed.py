@@ -13,6 +13,8 @@ Reference: ``reference.backward``.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -25,7 +27,7 @@ from .record import search_specialisations
 from .registry import Specialisation, register
 from .weights import packed
 
-_ELEMENTS, _REGISTERS = 1024, 128
+_ELEMENTS = 1024
 ROWS: tl.constexpr = tl.constexpr(4)
 TAPS, ONES, ARG = range(3)
 _TAPS: tl.constexpr = tl.constexpr(TAPS)
@@ -239,6 +241,19 @@ def _warps(element: int) -> int:
     return 8 if element == 4 else 4
 
 
+def _registers(storage: torch.dtype, stride: int, second: bool, ampere: bool) -> int | None:
+    """Most registers of a thread, by what the assembler fits without a spill.
+
+    With 128 throughout, float32 spilled 16 bytes on sm_80, second halves 8 on sm_100, and float16
+    8 on sm_80, where it takes 112 if it may take any number; on sm_90 it would take 190.
+    """
+    if second:
+        return 124
+    if storage == torch.float32:
+        return 112
+    return None if storage == torch.float16 and stride == 1 and ampere else 128
+
+
 def _columns(channels: int) -> int:
     """Columns of a program."""
     return max(1, _ELEMENTS // block_channels(channels)) * common.TILE_SCALE
@@ -286,18 +301,27 @@ def transposed(
         shape = (2 * count, programs, channels)
         partials = torch.empty(shape, dtype=torch.float32, device=out.device)
     weights = packed(arrays.weights, out.dtype)
+    ampere = out.is_cuda and torch.cuda.get_device_capability(out.device)[0] == 8
     _transposed_kernel[(count, programs)](
         dz, weights.taps, arrays.y, *(second or (weights.taps, weights.taps)), out,
         weights.taps if partials is None else partials, groups, table,
         dz.stride(0), arrays.y.stride(0), out.stride(0), images, height, width, *dz.shape[2:4],
         C=channels, BLOCK_C=block_c, BLOCK_P=_columns(channels), STRIDE=stride,
-        SECOND=second is not None, num_warps=_warps(out.element_size()), maxnreg=_REGISTERS,
+        SECOND=second is not None, num_warps=_warps(out.element_size()),
+        maxnreg=_registers(out.dtype, stride, second is not None, ampere),
     )  # fmt: skip
     return partials
 
 
 def _specialisations() -> list[Specialisation]:
-    return search_specialisations(_transposed_kernel)
+    found = []
+    for one in search_specialisations(_transposed_kernel):
+        if one.storage == "fp16" and one.max_registers == 128 and one.constants["STRIDE"] == 1:
+            found.append(replace(one, targets=("sm_90", "sm_100", "gfx942")))
+            found.append(replace(one, targets=("sm_80",), max_registers=None))
+        else:
+            found.append(one)
+    return found
 
 
 register(

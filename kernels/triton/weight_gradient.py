@@ -292,6 +292,8 @@ def weight_gradients(
         arrays.channels // 2 if any(item.spread == 3 for item in products) else channels,
         C=channels, BLOCK_C=block_c, CX=width, BLOCK_X=block_x,
         BLOCK=_ELEMENTS // block_c * common.TILE_SCALE,
+        # Left alone, the assembler aims at 32 registers for sm_80 and spills.
+        maxnreg=64,
     )  # fmt: skip
 
 
