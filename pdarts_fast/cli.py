@@ -199,6 +199,8 @@ class DoctorCommand:
     """Data set to check (cifar10 if only --data is given, else the bundled digits)."""
     checksum: bool = True
     """Verify the MD5 of CIFAR files."""
+    kernels: bool = False
+    """Also check every Triton kernel against plain torch on each GPU (seconds)."""
 
 
 def doctor(arguments: Sequence[str]) -> int:
@@ -207,7 +209,7 @@ def doctor(arguments: Sequence[str]) -> int:
     from pdarts_fast.doctor import examine
 
     dataset = command.dataset or ("cifar10" if command.data else "digits")
-    return examine(command.data, dataset, command.checksum)
+    return examine(command.data, dataset, command.checksum, command.kernels)
 
 
 def bench(arguments: Sequence[str]) -> int:

@@ -19,16 +19,17 @@ from pdarts_fast.run.environment import cpu_name, memory_gib, usable_cores, vers
 COMPILERS = ("c++", "g++", "clang++")
 
 
-def examine(data: Path | None, dataset: str, checksum: bool) -> int:
+def examine(data: Path | None, dataset: str, checksum: bool, kernels: bool = False) -> int:
     """Print a table of checks.
 
     Args:
         data: Folder of the data set to check; None for one that needs none.
         dataset: Its name.
         checksum: Whether to verify the MD5 of CIFAR files.
+        kernels: Whether to check the Triton kernels on every GPU.
 
     Returns:
-        0, or 1 if the data set cannot be used.
+        0, or 1 if the data set cannot be used or a kernel is wrong.
     """
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
@@ -49,8 +50,33 @@ def examine(data: Path | None, dataset: str, checksum: bool) -> int:
     table.add_row("disk", f"{free_gib(Path('runs')):.1f} GiB free for runs/")
     failed, text = _data(data, dataset, checksum)
     table.add_row(f"data {dataset}", text)
+    wrong = False
+    for label, good, text in _kernels() if kernels else []:
+        table.add_row(label, text)
+        wrong |= not good
     Console(highlight=False).print(table)
-    return int(failed)
+    return int(failed or wrong)
+
+
+def _kernels() -> list[tuple[str, bool, str]]:
+    """Label, whether nothing is wrong, and findings of the Triton kernels on every GPU."""
+    found = backends.available()["triton"]
+    if not found.usable:
+        return [("kernels", True, f"not checked: {found.reason}")]
+    from pdarts_fast.kernels.triton import self_check
+
+    rows = []
+    for index in range(torch.cuda.device_count()):
+        findings = self_check.check(torch.device("cuda", index))
+        bad = [one for one in findings if not one.is_good]
+        lines = [
+            f"{one.primitive} ({one.storage}, {one.array}): "
+            f"{one.failure or f'{one.error:.1e} off, {one.tolerance:.0e} allowed'}"
+            for one in bad
+        ]
+        summary = f"{len(findings) - len(bad)} of {len(findings)} checks passed"
+        rows.append((f"kernels gpu {index}", not bad, "\n".join([summary, *lines])))
+    return rows
 
 
 def _cpu_features() -> list[str]:

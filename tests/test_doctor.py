@@ -102,3 +102,31 @@ def test_unknown_data_set_is_refused(processes: Any) -> None:
     assert process.status == 2
     assert process.stderr.startswith("pdarts-fast: error: ")
     assert len(process.stderr.splitlines()) == 1
+
+
+def test_kernels_without_a_gpu_are_not_called_good(
+    capsys: pytest.CaptureFixture[str], wide: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: False)
+    assert doctor.examine(None, "digits", True, kernels=True) == 0
+    assert "kernels" in (out := capsys.readouterr().out)
+    assert "not checked: torch finds no CUDA GPU" in out
+
+
+@pytest.mark.usefixtures("wide")
+def test_a_wrong_kernel_is_named_and_fails(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pdarts_fast.kernels.triton import self_check
+
+    usable = {"triton": backends.Availability(True, "sm_90")}
+    monkeypatch.setattr(backends, "available", lambda: usable)
+    monkeypatch.setattr(doctor.torch.cuda, "device_count", lambda: 1)
+    good = self_check.Finding("mix", "fp32", "node", 1e-7, 5e-5)
+    bad = self_check.Finding("fan_out", "bf16", "y", 0.5, 3e-2)
+    monkeypatch.setattr(self_check, "check", lambda device: [good, bad])
+    monkeypatch.setattr(doctor, "_gpu", lambda: "one")
+    assert doctor.examine(None, "digits", True, kernels=True) == 1
+    out = capsys.readouterr().out
+    assert "1 of 2 checks passed" in out
+    assert "fan_out (bf16, y): 5.0e-01 off, 3e-02 allowed" in out

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pdarts_fast.bench import accuracy, measure, primitives, rivals
+from pdarts_fast.bench.predict import run_predict
 from pdarts_fast.config import SearchConfig
 from pdarts_fast.errors import UsageError
 from pdarts_fast.kernels import backends
@@ -35,6 +36,8 @@ class BenchOptions:
         quick: Batch 8, two rounds, no published bilevel step: minutes instead of an hour.
         accuracy: Compare with float64 too.
         json: Also write all numbers to this file.
+        predict: Measure nothing; predict the search on a GPU, a100, h100, b200 or rtx4090, from
+            the launches it would make (a few minutes).
     """
 
     stages: tuple[int, ...] = (1, 2, 3)
@@ -44,6 +47,7 @@ class BenchOptions:
     quick: bool = False
     accuracy: bool = True
     json: Path | None = None
+    predict: str | None = None
 
 
 def _check(options: BenchOptions) -> None:
@@ -154,6 +158,8 @@ def run_bench(options: BenchOptions) -> dict[str, Any]:
     Raises:
         UsageError: An option is out of its range or the backend is not usable.
     """
+    if options.predict is not None:
+        return run_predict(options.predict, options.json)
     _check(options)
     console = Console(file=sys.stdout, highlight=False)
     batch = 8 if options.quick else options.batch

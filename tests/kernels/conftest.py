@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,10 @@ from pdarts_fast.skip_dropout import DropoutControl
 from pdarts_fast.supernet import Cell
 
 Values = dict[str, Tensor]
+
+# With TRITON_INTERPRET=1, set before triton is imported, the shared tests run over the Triton
+# kernels instead: tests/triton_interpret starts such processes.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @dataclass(frozen=True)
@@ -139,12 +144,25 @@ def assert_close(got: Values, want: Values, tolerance: float) -> None:
             assert error(got[name], value) <= tolerance, f"{name}: {error(got[name], value):.1e}"
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["triton"] if INTERPRETED else ["reference", "cpu"])
 def primitives(request: Any) -> str:
     """Name of a set of primitives; skips those that are not built."""
-    if request.param == "cpu":
+    return request.param if request.param == "reference" else request.getfixturevalue("kernels")
+
+
+@pytest.fixture
+def kernels(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name of the kernels under test, ready to use: ``cpu``, or interpreted ``triton``."""
+    if not INTERPRETED:
         return request.getfixturevalue("compiled")
-    return request.param
+    from pdarts_fast.kernels import backends
+    from pdarts_fast.kernels.triton import load
+
+    # Interpreted kernels run on the processor, where nobody but a test wants them.
+    monkeypatch.setitem(backends._DEVICE_TYPE, "triton", "cpu")
+    monkeypatch.setattr(load, "availability", lambda: backends.Availability(True, "interpreted"))
+    load.register()
+    return "triton"
 
 
 @pytest.fixture

@@ -48,8 +48,8 @@ def golden_network(stage: int, backend: str) -> tuple[Network, dict[str, Tensor]
 
 @pytest.mark.parametrize("stage", [1, 2, 3], ids=lambda stage: f"stage{stage}")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-def test_golden_networks(compiled: str, stage: int, dtype: torch.dtype) -> None:
-    network, want = golden_network(stage, compiled)
+def test_golden_networks(kernels: str, stage: int, dtype: torch.dtype) -> None:
+    network, want = golden_network(stage, kernels)
     network.to(dtype)
     tolerance = 1e-9 if dtype == torch.float64 else 2e-4
     x, y = want["x"].to(dtype), want["y"]

@@ -1,7 +1,8 @@
-"""Every compiled primitive against its plain torch version in float64, on arbitrary arrays."""
+"""Every primitive of the kernels against its plain torch version in float64, on any arrays."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,9 @@ from pdarts_fast.kernels.interface import Arrays
 from pdarts_fast.kernels.reference import Reference
 from pdarts_fast.kernels.weights import Weights, layout
 
-pytestmark = pytest.mark.usefixtures("one_thread", "compiled")
+pytestmark = pytest.mark.usefixtures("one_thread", "kernels")
+
+KERNELS = "triton" if os.environ.get("TRITON_INTERPRET", "0") == "1" else "cpu"
 
 SIZES = {
     "8x8": (3, 8, 8),
@@ -107,7 +110,7 @@ def compare(bench: Bench, run: Run, tolerance: float = 2e-5, **kwargs: Any) -> N
     exact = bench.arrays(torch.float64, **kwargs)
     want = run(Reference(), exact, lambda x: x.clone())
     arrays = bench.arrays(torch.float32, **kwargs)
-    got = run(fused.backend_named("cpu"), arrays, lambda x: x.float().contiguous())
+    got = run(fused.backend_named(KERNELS), arrays, lambda x: x.float().contiguous())
     for name, value in want.items():
         scale = value.abs().max().clamp_min(1e-3)
         off = ((got[name].double() - value).abs().max() / scale).item()
@@ -259,12 +262,12 @@ def test_bfloat16_is_stored_rounded_to_nearest_even() -> None:
     x[0, 0, 0, :3] = torch.tensor([float("nan"), float("inf"), -0.0])
     got = x.bfloat16()
     one = torch.ones(16)
-    fused.backend_named("cpu").affine_(got, one, 0 * one)
+    fused.backend_named(KERNELS).affine_(got, one, 0 * one)
     assert torch.equal(got[0, 0, 1:], x.bfloat16()[0, 0, 1:])
     assert torch.isnan(got[0, 0, 0, 0])
     arrays = bench.arrays(torch.bfloat16)
     call = bench.calls.leave[2]
-    for backend in (Reference(), fused.backend_named("cpu")):
+    for backend in (Reference(), fused.backend_named(KERNELS)):
         sums = sums_like(call, 2, 16)
         backend.fan_out(call, arrays, arrays.states[2], sums)
         stored = arrays.y[call.slots].double()

@@ -1,0 +1,1 @@
+"""The primitives of a search cell as Triton kernels for CUDA."""

@@ -1,0 +1,147 @@
+"""Normalised arrays: ``out = in * scale + shift`` by channel, rectified or not.
+
+``affine_`` works in place on a preprocessed input. ``rectified`` writes what second halves of
+separable convolutions read: a stencil that normalised on the fly would do so once a tap.
+
+Reference: ``Reference.affine_``, and the first line of ``Reference.mid``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import TILE_SCALE, block_channels, gated_storages, pixel_stride
+from .registry import Specialisation, register
+
+# 8 elements of 2 bytes are 16 bytes: 1024 a program are one access for each thread of 4 warps, and
+# as 2048 they are two in flight.
+_ELEMENTS, _WARPS = 2048, 4
+
+
+@triton.jit(do_not_specialize=["pixels"])
+def _affine_kernel(
+    in_ptr, out_ptr, scale_ptr, shift_ptr, table_ptr, in_pixel, out_pixel, in_slot, out_slot,
+    pixels,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
+    """Program (tile, item). RELU: item i reads slot table[i].input and writes slot i."""
+    item = tl.program_id(1)
+    c = tl.arange(0, BLOCK_C)
+    m_c = c < C
+    x_ptr = in_ptr
+    if RELU:
+        x_ptr += tl.load(table_ptr + item * 16 + 1).to(tl.int64) * in_slot
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    m = (p < pixels)[:, None] & m_c[None, :]
+    x = tl.load(x_ptr + p.to(tl.int64)[:, None] * in_pixel + c[None, :], mask=m)
+    scale = tl.load(scale_ptr + item * C + c[None, :], mask=m_c[None, :])  # [1, BLOCK_C]
+    shift = tl.load(shift_ptr + item * C + c[None, :], mask=m_c[None, :])
+    value = x.to(tl.float32) * scale + shift
+    if RELU:
+        value = tl.maximum(value, 0.0)
+    out = out_ptr + item.to(tl.int64) * out_slot + p.to(tl.int64)[:, None] * out_pixel + c[None, :]
+    tl.store(out, value.to(out_ptr.dtype.element_ty), mask=m)
+
+
+def _launch(
+    x: Tensor,
+    out: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    table: Tensor,
+    slots: tuple[int, int],
+    relu: bool,
+) -> None:
+    channels = x.shape[-1]
+    items = len(scale) if relu else 1
+    pixels = x.numel() // channels // (len(x) if relu else 1)
+    block = block_channels(channels)
+    rows = max(1, _ELEMENTS // block) * TILE_SCALE
+    _affine_kernel[(triton.cdiv(pixels, rows), items)](
+        x,
+        out,
+        scale,
+        shift,
+        table,
+        pixel_stride(x[0] if relu else x),
+        pixel_stride(out[0] if relu else out),
+        *slots,
+        pixels,
+        C=channels,
+        BLOCK_C=block,
+        BLOCK_P=rows,
+        RELU=relu,
+        num_warps=_WARPS,
+    )
+
+
+def affine_(y: Tensor, scale: Tensor, shift: Tensor) -> None:
+    """``y = y * scale + shift`` in place; y ``[N, H, W, C]``, the others float32 ``[C]``."""
+    _launch(y, y, scale, shift, scale, (0, 0), relu=False)
+
+
+def rectified(y: Tensor, table: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``relu(y[input] * scale + shift)`` of every item.
+
+    Args:
+        y: ``[slots, N, H, W, C]``.
+        table: int32 ``[n, TABLE_WIDTH]``.
+        scale, shift: float32 ``[n, C]``.
+
+    Returns:
+        ``[n, N, H, W, C]`` of the dtype of y.
+    """
+    out = y.new_empty((len(table), *y.shape[1:]))
+    _launch(y, out, scale, shift, table, (y.stride(0), out.stride(0)), relu=True)
+    return out
+
+
+def _specialisations() -> list[Specialisation]:
+    found = []
+    for channels, size in ((16, 32), (32, 16), (64, 8)):
+        for storage in gated_storages(channels):
+            for relu in (False, True):
+                pixels, items = 96 * size * size, 8 if relu else 1
+                width = 4 if storage == "fp32" else 2
+                found.append(
+                    Specialisation(
+                        shape=(96, size, size, channels),
+                        storage=storage,
+                        signature={
+                            "in_ptr": f"*{storage}",
+                            "out_ptr": f"*{storage}",
+                            "scale_ptr": "*fp32",
+                            "shift_ptr": "*fp32",
+                            "table_ptr": "*i32" if relu else "*fp32",
+                            "in_pixel": "i32",
+                            "out_pixel": "i32",
+                            "in_slot": "i32",
+                            "out_slot": "i32",
+                            "pixels": "i32",
+                        },
+                        constants={
+                            "C": channels,
+                            "BLOCK_C": channels,
+                            "BLOCK_P": _ELEMENTS // channels,
+                            "RELU": relu,
+                        },
+                        divisible=("in_pixel", "out_pixel", "in_slot", "out_slot"),
+                        num_warps=_WARPS,
+                        programs=triton.cdiv(pixels * channels, _ELEMENTS) * items,
+                        bytes=2 * pixels * channels * width * items,
+                        note="rectified" if relu else "in place",
+                    )
+                )
+    return found
+
+
+register(
+    "affine",
+    _affine_kernel,
+    reference="Reference.affine_, Reference.mid",
+    maths="out = [relu](in scale + shift)",
+    why="bound by memory: two 16-byte accesses a thread in flight",
+    specialisations=_specialisations,
+)

@@ -1,0 +1,255 @@
+"""Stencils of packed rows, and the product and moments that follow: the body of ``fan_out``.
+
+A *column* is an image, a group of ``ROWS`` output rows and a horizontal position. A program makes
+``BLOCK_P`` columns. A loaded input row feeds every output row of the group that it takes part in;
+rows of a dilated convolution are spaced so that they share input rows too.
+
+The loop over horizontal taps stays a loop at run time, and z goes through memory on its way into
+the product: sums that are only registers are recomputed for every layout an operand asks for,
+which spills.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _load_row(x, row, H, m, RELU: tl.constexpr, FILL: tl.constexpr):
+    """One input row under every column, fp32 [BLOCK_P, BLOCK_C]; FILL outside of the image."""
+    value = tl.load(x, mask=m & ((row >= 0) & (row < H))[:, None], other=FILL).to(tl.float32)
+    if RELU:
+        value = tl.maximum(value, 0.0)
+    return value
+
+
+@triton.jit
+def _tap(taps, m_c):
+    """Weights of one tap, fp32 [1, BLOCK_C]."""
+    return tl.load(taps, mask=m_c[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _columns(p, N, H_OUT, W_OUT, spacing, ROWS: tl.constexpr):
+    """Image, first output row and horizontal position of columns p.
+
+    Rows of a group are ``spacing`` apart; groups that interleave follow one another.
+    """
+    w = p % W_OUT
+    rest = p // W_OUT
+    groups = tl.cdiv(H_OUT, ROWS * spacing) * spacing
+    g = rest % groups
+    first = (g // spacing) * (ROWS * spacing) + g % spacing
+    return rest // groups, first, w
+
+
+@triton.jit
+def _write_rows(
+    y_ptr, row_ptr, y_slot, z0, z1, z2, z3, tile, N, H_OUT, W_OUT, c, m_c,
+    C: tl.constexpr, BLOCK_P: tl.constexpr, SPACING: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Stores the rows of a group, rounded to storage.
+
+    Places are computed anew, from a zero that the compiler must read: kept from before the loop
+    over taps they would take registers that the loop needs.
+
+    Args:
+        row_ptr: The item in the table.
+    """
+    p = (tile + tl.load(row_ptr + 15)) * BLOCK_P + tl.arange(0, BLOCK_P)
+    n, first, w = _columns(p, N, H_OUT, W_OUT, SPACING, ROWS)
+    base = ((n.to(tl.int64) * H_OUT + first) * W_OUT + w) * C
+    step = W_OUT * (SPACING * C)
+    base += tl.load(row_ptr + 2).to(tl.int64) * y_slot
+    y = y_ptr + base[:, None] + c[None, :]
+    m = (n < N)[:, None] & m_c[None, :]
+    STORAGE: tl.constexpr = y_ptr.dtype.element_ty
+    tl.store(y, z0.to(STORAGE), mask=m & (first < H_OUT)[:, None])
+    tl.store(y + step, z1.to(STORAGE), mask=m & (first + SPACING < H_OUT)[:, None])
+    if ROWS == 4:
+        tl.store(y + 2 * step, z2.to(STORAGE), mask=m & (first + 2 * SPACING < H_OUT)[:, None])
+        tl.store(y + 3 * step, z3.to(STORAGE), mask=m & (first + 3 * SPACING < H_OUT)[:, None])
+
+
+@triton.jit
+def _product_and_moments(
+    y_ptr, matrix_ptr, partial_ptr, tile, spacing, has_product, N, H_OUT, W_OUT,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """y = W z in place, BLOCK_M pixels at a time, and the moments of y as it is stored."""
+    c = tl.arange(0, BLOCK_C)
+    m_c = c < C
+    count = 0.0
+    mean = tl.zeros([BLOCK_C], dtype=tl.float32)
+    second = tl.zeros([BLOCK_C], dtype=tl.float32)
+    for chunk in range(ROWS * BLOCK_P // BLOCK_M):
+        q = chunk * BLOCK_M + tl.arange(0, BLOCK_M)
+        p = tile * BLOCK_P + q % BLOCK_P
+        n, first, w = _columns(p, N, H_OUT, W_OUT, spacing, ROWS)
+        row = first + (q // BLOCK_P) * spacing
+        inside = (n < N) & (row < H_OUT)
+        m = inside[:, None] & m_c[None, :]
+        place = ((n.to(tl.int64) * H_OUT + row) * W_OUT + w) * C
+        y = y_ptr + place[:, None] + c[None, :]
+        if has_product:
+            value = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
+            for start in range(0, BLOCK_C, BLOCK_K):
+                k = start + tl.arange(0, BLOCK_K)
+                m_k = k < C
+                z = tl.load(
+                    y_ptr + place[:, None] + k[None, :],
+                    mask=inside[:, None] & m_k[None, :],
+                    other=0.0,
+                )
+                # [C in, C out]: the matrix is stored [C out, C in].
+                matrix = tl.load(
+                    matrix_ptr + c[None, :] * C + k[:, None],
+                    mask=m_c[None, :] & m_k[:, None],
+                    other=0.0,
+                )
+                value = tl.dot(z.to(OPERAND), matrix.to(OPERAND), value, input_precision=PRECISION)
+            stored = value.to(y_ptr.dtype.element_ty)
+            tl.debug_barrier()  # all have read what is overwritten now
+            tl.store(y, stored, mask=m)
+            value = stored.to(tl.float32)
+        else:
+            value = tl.load(y, mask=m, other=0.0).to(tl.float32)
+        more = tl.sum(inside.to(tl.float32), 0)
+        total = tl.maximum(count + more, 1.0)
+        chunk_mean = tl.sum(value, 0) / tl.maximum(more, 1.0)
+        deviation = tl.where(m, value - chunk_mean[None, :], 0.0)
+        delta = chunk_mean - mean
+        mean += delta * (more / total)
+        second += tl.sum(deviation * deviation, 0) + delta * delta * (count * more / total)
+        count += more
+    tl.store(partial_ptr + c, mean * 0.0 + count, mask=m_c)
+    tl.store(partial_ptr + C + c, mean, mask=m_c)
+    tl.store(partial_ptr + 2 * C + c, second, mask=m_c)
+
+
+@triton.jit
+def _convolve(
+    x_ptr, y_ptr, taps_ptr, row_ptr, x_pixel, y_slot, tile, N, H, W, H_OUT, W_OUT,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, K: tl.constexpr,
+    D: tl.constexpr, STRIDE: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    SPACING: tl.constexpr = 2 if D == 2 and STRIDE == 1 else 1
+    UNIT: tl.constexpr = D if D == SPACING * STRIDE else 1  # rows from one input row to the next
+    STEP: tl.constexpr = SPACING * STRIDE // UNIT  # input rows from one output row to the next
+    PAD: tl.constexpr = D * (K - 1) // 2
+    c = tl.arange(0, BLOCK_C)
+    m_c = c < C
+    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    n, first, w = _columns(p, N, H_OUT, W_OUT, SPACING, ROWS)
+    top = first * STRIDE - PAD
+    start = (n.to(tl.int64) * H + top) * W * x_pixel
+    step = W * x_pixel * UNIT
+    z0 = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
+    z1 = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
+    z2 = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
+    z3 = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
+    for j in range(K):
+        col = w * STRIDE + j * D - PAD
+        m = ((col >= 0) & (col < W) & (n < N))[:, None] & m_c[None, :]
+        column = x_ptr + (start + col * x_pixel)[:, None] + c[None, :]
+        taps = taps_ptr + j * C + c[None, :]  # [1, BLOCK_C]
+        for r in tl.static_range((ROWS - 1) * STEP + K):
+            x = _load_row(column + r * step, top + r * UNIT, H, m, RELU, 0.0)
+            if r < K:
+                z0 += x * _tap(taps + r * K * C, m_c)
+            if r >= STEP and r - STEP < K:
+                z1 += x * _tap(taps + (r - STEP) * K * C, m_c)
+            if ROWS == 4 and r >= 2 * STEP and r - 2 * STEP < K:
+                z2 += x * _tap(taps + (r - 2 * STEP) * K * C, m_c)
+            if ROWS == 4 and r >= 3 * STEP and r - 3 * STEP < K:
+                z3 += x * _tap(taps + (r - 3 * STEP) * K * C, m_c)
+    _write_rows(
+        y_ptr,
+        row_ptr,
+        y_slot,
+        z0,
+        z1,
+        z2,
+        z3,
+        tile,
+        N,
+        H_OUT,
+        W_OUT,
+        c,
+        m_c,
+        C,
+        BLOCK_P,
+        SPACING,
+        ROWS,
+    )
+
+
+@triton.jit
+def _pool(
+    x_ptr, y_ptr, row_ptr, x_pixel, y_slot, tile, N, H, W, H_OUT, W_OUT,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STRIDE: tl.constexpr,
+    MAX: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    FILL: tl.constexpr = float("-inf") if MAX else 0.0
+    c = tl.arange(0, BLOCK_C)
+    m_c = c < C
+    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    n, first, w = _columns(p, N, H_OUT, W_OUT, 1, ROWS)
+    top = first * STRIDE - 1
+    start = (n.to(tl.int64) * H + top) * W * x_pixel
+    step = W * x_pixel
+    y0 = tl.full([BLOCK_P, BLOCK_C], FILL, dtype=tl.float32)
+    y1 = tl.full([BLOCK_P, BLOCK_C], FILL, dtype=tl.float32)
+    y2 = tl.full([BLOCK_P, BLOCK_C], FILL, dtype=tl.float32)
+    y3 = tl.full([BLOCK_P, BLOCK_C], FILL, dtype=tl.float32)
+    for j in range(3):
+        col = w * STRIDE + j - 1
+        m = ((col >= 0) & (col < W) & (n < N))[:, None] & m_c[None, :]
+        column = x_ptr + (start + col * x_pixel)[:, None] + c[None, :]
+        for r in tl.static_range((ROWS - 1) * STRIDE + 3):
+            x = _load_row(column + r * step, top + r, H, m, False, FILL)
+            if r < 3:
+                y0 = tl.maximum(y0, x) if MAX else y0 + x
+            if r >= STRIDE and r - STRIDE < 3:
+                y1 = tl.maximum(y1, x) if MAX else y1 + x
+            if ROWS == 4 and r >= 2 * STRIDE and r - 2 * STRIDE < 3:
+                y2 = tl.maximum(y2, x) if MAX else y2 + x
+            if ROWS == 4 and r >= 3 * STRIDE and r - 3 * STRIDE < 3:
+                y3 = tl.maximum(y3, x) if MAX else y3 + x
+    if not MAX:
+        p = (tile + tl.load(row_ptr + 15)) * BLOCK_P + tl.arange(0, BLOCK_P)
+        n, first, w = _columns(p, N, H_OUT, W_OUT, 1, ROWS)
+        left = w * STRIDE
+        across = tl.minimum(left + 2, W) - tl.maximum(left - 1, 0)
+        y0 *= _share(first * STRIDE, across, H)[:, None]
+        y1 *= _share((first + 1) * STRIDE, across, H)[:, None]
+        y2 *= _share((first + 2) * STRIDE, across, H)[:, None]
+        y3 *= _share((first + 3) * STRIDE, across, H)[:, None]
+    _write_rows(
+        y_ptr,
+        row_ptr,
+        y_slot,
+        y0,
+        y1,
+        y2,
+        y3,
+        tile,
+        N,
+        H_OUT,
+        W_OUT,
+        c,
+        m_c,
+        C,
+        BLOCK_P,
+        1,
+        ROWS,
+    )
+
+
+@triton.jit
+def _share(top, across, H):
+    """1 / pixels of a window around row ``top`` that lie in the image."""
+    down = tl.minimum(top + 2, H) - tl.maximum(top - 1, 0)
+    return 1.0 / tl.maximum(across * down, 1).to(tl.float32)

@@ -1,0 +1,101 @@
+"""Bytes that a launch must move: each array once, in the dtype it is stored in.
+
+What fits into the second-level cache is read once however many programs share it, so this is the
+least a launch can move, and its roofline.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .. import plan
+
+if TYPE_CHECKING:
+    from .record import Launch
+
+
+def _whole(launch: Launch, *names: str) -> int:
+    """Bytes of arguments that are read or written from end to end."""
+    values = (launch.values[name] for name in names)
+    return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
+
+
+def _array(launch: Launch) -> int:
+    """Bytes of one ``[N, H, W, C]`` of the outputs of the launch's call."""
+    images, height, width, channels = launch.size
+    return images * height * width * channels * (4 if launch.storage == "fp32" else 2)
+
+
+def _gradients(launch: Launch) -> int:
+    """Gradients that a call reads: one of every half, and of every node once."""
+    assert launch.call is not None
+    halves = [i for i in launch.call.items if i.half >= 0 and i.input < 0]
+    return len(halves) + len({i.node for i in launch.call.items if i not in halves})
+
+
+def _forward(launch: Launch, array: int) -> int | None:
+    name, items = launch.name, [] if launch.call is None else launch.call.items
+    if name == "fan_out":
+        return _whole(launch, "x_ptr", "partials_ptr") + len(items) * array
+    if name == "one_by_one":
+        return _whole(launch, "x_ptr", "partials_ptr") + array * sum(
+            item.kind in (plan.FACTORIZED, plan.POINTWISE) for item in items
+        )
+    if name == "affine":
+        return 2 * array * max(1, len(items))
+    if name == "mix":
+        return (1 + len(items)) * array
+    return None
+
+
+def _backward(launch: Launch, array: int) -> int:
+    assert launch.call is not None
+    name, items = launch.name, launch.call.items
+    convolutions = sum(item.pointwise >= 0 for item in items)
+    if name == "reduce":
+        return (1 + len(items)) * array + _whole(launch, "partials_ptr")
+    if name == "output_gradient":
+        slots = len({item.slot for item in items if item.slot >= 0})
+        written = _whole(launch, "out_ptr")
+        rectified = launch.values["rectified_ptr"]
+        more = 0
+        if rectified is not launch.values["out_ptr"]:
+            more = 2 * rectified.numel() * rectified.element_size()
+        return (slots + _gradients(launch)) * array + written + more
+    if name == "transposed":
+        count = launch.grid[0]
+        read = _whole(launch, "dz_ptr")
+        if launch.values["SECOND"]:
+            return read + 2 * count * array + _whole(launch, "partials_ptr")
+        return read + _whole(launch, "out_ptr")
+    if name == "fan_in":
+        skips = sum(item.kind == plan.SKIP for item in items)
+        reduces = 2 * sum(item.kind == plan.FACTORIZED for item in items)
+        read = _whole(launch, "x_ptr", "parts_ptr", "out_ptr")
+        incoming = launch.values["INCOMING"] * _whole(launch, "out_ptr")
+        return read + incoming + (skips + reduces) * array
+    if name == "weight_products":
+        arrays = (convolutions + _gradients(launch)) * array
+        return arrays + _whole(launch, "x_ptr", "partials_ptr")
+    if name == "pointwise_backward":
+        return 2 * array + 2 * _whole(launch, "x_ptr")
+    raise ValueError(f"no count of bytes for kernel {name}")
+
+
+def traffic(launch: Launch) -> int:
+    """Bytes of one launch.
+
+    Raises:
+        ValueError: The kernel is not known here.
+    """
+    if launch.name in ("fold", "sum_partials"):
+        return _whole(launch, "partials_ptr")
+    if launch.name == "weight_gradients":
+        return _whole(launch, "partials_ptr")
+    if launch.name == "pack_weights":
+        return _whole(launch, "flat_ptr", "index_ptr", "taps_ptr", "matrices_ptr")
+    array = _array(launch)
+    found = _forward(launch, array)
+    return _backward(launch, array) if found is None else found

@@ -1,0 +1,324 @@
+"""Weight gradients of depthwise-separable and 1x1 convolutions on the tensor cores.
+
+    Q[t, c, o]  = sum over pixels p of r[p + t, c] dy[p, o]        t: taps of the depthwise kernel
+    dW[o, c]    = sum_t d[t, c] Q[t, c, o]                         = dy' z
+    dd[t, c]    = sum_o W[o, c] Q[t, c, o]                         = sum_p r[p + t, c] dz[p, c]
+
+One product per tap gives both, so z is not recomputed and no stencil with a sum a tap runs on the
+scalar units. It costs ``2 M C C k k`` operations an item, the same in every stage of a search since
+M falls by 4 when C doubles. A program makes the products of ``BLOCK_K / CB`` taps for one part of
+every image of its share: where a tap reads does not change from image to image, so a loop iteration
+is loads, dy and the product. Partial Q lie in memory; the second kernel adds them in their order.
+
+Reference: ``reference._separable_backward``, ``reference._one_by_one_backward``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import plan
+from ..calls import Call, Item
+from ..interface import Arrays
+from . import common
+from .common import block_channels, pixel_stride
+from .gradient_rows import (
+    device_table,
+    load_coefficients,
+    node_gradients,
+    pick_gradient,
+)
+from .record import search_specialisations
+from .registry import Specialisation, register
+from .weights import packed
+
+_ELEMENTS = 1024
+_PROGRAMS = 512
+_REGISTERS = 128
+
+
+@triton.jit(do_not_specialize=["N", "H", "W", "H_OUT", "W_OUT", "image_tiles", "chunk"])
+def _weight_products_kernel(
+    g0_ptr, g1_ptr, g2_ptr, g3_ptr, half_ptr, y_ptr, x_ptr, coef_ptr, partials_ptr, table_ptr,
+    g0_pixel, g1_pixel, g2_pixel, g3_pixel, half_slot, y_slot, x_slot, x_pixel,
+    N, H, W, H_OUT, W_OUT, image_tiles, chunk,
+    C: tl.constexpr, BLOCK_N: tl.constexpr, CX: tl.constexpr, CB: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, STRIDE: tl.constexpr, RELU: tl.constexpr,
+    PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """Program (row of the table, part, block of o). RELU: x is not rectified yet."""
+    table = table_ptr + tl.program_id(0) * 16
+    part = tl.program_id(1)
+    kernel, dilation, pad = tl.load(table + 5), tl.load(table + 6), tl.load(table + 7)
+    p = (part % image_tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
+    m_p = p < H_OUT * W_OUT
+    k = tl.arange(0, BLOCK_K)
+    tap = tl.load(table + 8) + k // CB
+    place = tap * tl.load(table + 12)  # of the tap in its kernel, row by row
+    channel = tl.multiple_of(tl.load(table + 10), 16) + k % CB
+    row = (p // W_OUT * STRIDE)[:, None] + (place // kernel * dilation - pad)[None, :]
+    col = (p % W_OUT * STRIDE)[:, None] + (place % kernel * dilation - pad)[None, :]
+    m_k = (tap < tl.load(table + 9)) & (channel < CX)
+    m_x = (row >= 0) & (row < H) & (col >= 0) & (col < W) & m_p[:, None] & m_k[None, :]
+    x = x_ptr + tl.load(table + 4).to(tl.int64) * x_slot
+    x += (row * W + col) * x_pixel + channel[None, :]  # [BLOCK_P, BLOCK_K]
+    c = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_c = c < C
+    m_y = m_p[:, None] & m_c[None, :]
+    g_ptr, g_pixel = pick_gradient(
+        tl.load(table + 2), tl.load(table + 3), g0_ptr, g1_ptr, g2_ptr, g3_ptr, half_ptr,
+        g0_pixel, g1_pixel, g2_pixel, g3_pixel, half_slot, C,
+    )  # fmt: skip
+    g = g_ptr + p[:, None] * g_pixel + c[None, :]
+    y = y_ptr + tl.load(table + 1).to(tl.int64) * y_slot + p[:, None] * C + c[None, :]
+    c0, c1, c2 = load_coefficients(coef_ptr, tl.load(table), c, m_c, C)
+    STORAGE: tl.constexpr = x_ptr.dtype.element_ty
+    acc = tl.zeros([BLOCK_K, BLOCK_N], dtype=tl.float32)
+    first = (part // image_tiles) * chunk
+    image = first.to(tl.int64)
+    for _ in range(first, tl.minimum(first + chunk, N)):
+        r = tl.load(x + image * (H * W * x_pixel), mask=m_x, other=0.0)
+        if RELU:
+            r = tl.maximum(r.to(tl.float32), 0.0).to(STORAGE)
+        ours = image * (H_OUT * W_OUT)
+        dy = tl.load(g + ours * g_pixel, mask=m_y, other=0.0).to(tl.float32) * c0
+        dy += tl.load(y + ours * C, mask=m_y, other=0.0).to(tl.float32) * c1 + c2
+        dy = dy.to(STORAGE).to(OPERAND)
+        acc = tl.dot(tl.trans(r.to(OPERAND)), dy, acc, input_precision=PRECISION)
+        image += 1
+    rows = tl.load(table + 11) + k // CB * CX + k % CB
+    out = partials_ptr + (rows.to(tl.int64) * tl.num_programs(1) + part)[:, None] * C
+    tl.store(out + c[None, :], acc, mask=m_k[:, None] & m_c[None, :])
+
+
+@triton.jit(do_not_specialize=["parts", "split"])
+def _weight_gradients_kernel(
+    partials_ptr, taps_ptr, matrices_ptr, grad_ptr, table_ptr, parts, split,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, CX: tl.constexpr, BLOCK_X: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (item, block of input channels): adds the parts of Q and contracts them."""
+    table = table_ptr + tl.program_id(0) * 16
+    channel = tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X)
+    m_x = channel < CX
+    o = tl.arange(0, BLOCK_C)
+    m = m_x[:, None] & (o < C)[None, :]
+    b = tl.arange(0, BLOCK)
+    taps = tl.load(table + 1)
+    is_depthwise = tl.load(table + 2) != 0
+    depthwise, pointwise = tl.load(table + 3), tl.load(table + 4)
+    place = pointwise + o[None, :] * CX + channel[:, None]  # [BLOCK_X, BLOCK_C]
+    weight = tl.load(matrices_ptr + place, mask=m, other=0.0).to(tl.float32)
+    dw = tl.zeros([BLOCK_X, BLOCK_C], dtype=tl.float32)
+    for tap in range(taps):
+        row = (tl.load(table) + tap * CX + channel).to(tl.int64) * parts
+        acc = tl.zeros([BLOCK_X, BLOCK, BLOCK_C], dtype=tl.float32)
+        for first in range(0, parts, BLOCK):
+            part = first + b
+            at = (row[:, None] + part[None, :])[:, :, None] * C + o[None, None, :]
+            m_part = (part < parts)[None, :, None] & m[:, None, :]
+            acc += tl.load(partials_ptr + at, mask=m_part, other=0.0)
+        q = tl.sum(acc, 1)
+        if is_depthwise:
+            to = depthwise + channel * taps + tap
+            tl.store(grad_ptr + to, tl.sum(q * weight, 1), mask=m_x)
+            scale = tl.load(taps_ptr + depthwise + tap * CX + channel, mask=m_x, other=0.0)
+            dw += q * scale[:, None]
+        else:
+            dw += tl.where(((o < split) == (tap == 0))[None, :], q, 0.0)
+    tl.store(grad_ptr + place, dw, mask=m)
+
+
+@dataclass(frozen=True)
+class Product:
+    """An item whose weight gradients are wanted.
+
+    Attributes:
+        number, slot, node, half: As in ``calls.Item``; number is the item's place in its call.
+        input: Row of the stack of inputs that it reads.
+        kernel, dilation, pad: Of the depthwise convolution; 1 or 2, 1, 0 without one.
+        taps: How many; the place of tap t in its kernel is ``t * spread``.
+        depthwise, pointwise: Offsets into the flat weights, -1 for none.
+    """
+
+    number: int
+    slot: int
+    node: int
+    half: int
+    input: int
+    kernel: int
+    dilation: int
+    pad: int
+    taps: int
+    spread: int
+    depthwise: int
+    pointwise: int
+
+
+def product(item: Item, number: int, source: int, offsets: list[int]) -> Product:
+    """What ``weight_gradients`` wants to know of an item with weights that reads row ``source``.
+
+    A factorized reduce has taps (0, 0) and (1, 1): places 0 and 3 of a 2x2 kernel.
+    """
+    kernel, dilation, pad, taps, spread = item.kernel, item.dilation, item.padding, 0, 1
+    if item.kind == plan.CONV:
+        taps = kernel * kernel
+    elif item.kind == plan.FACTORIZED:
+        kernel, dilation, pad, taps, spread = 2, 1, 0, 2, 3
+    else:
+        kernel, dilation, pad, taps = 1, 1, 0, 1
+    depthwise = offsets[item.depthwise] if item.depthwise >= 0 else -1
+    where = (number, item.slot, item.node, item.half if item.input < 0 else -1, source)
+    geometry = (kernel, dilation, pad, taps, spread)
+    return Product(*where, *geometry, depthwise, offsets[item.pointwise])
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Tile of the products: ``[block_k, block_p] x [block_p, block_n]``, and warps.
+
+    128 rows are two 64-row instructions of sm_90; half precision with 32 columns takes 8 warps and
+    float32, whose operands are split in two, a quarter of the tile to stay within 128 registers.
+    """
+
+    block_k: int
+    block_p: int
+    block_n: int
+    warps: int
+
+
+def settings(element: int, channels: int) -> Settings:
+    """By bytes of a stored element and C."""
+    block = block_channels(channels)
+    if common.INTERPRETED:
+        return Settings(512, 512, block, 4)
+    if element == 4:
+        return Settings(64, 32, 16, 4)
+    return Settings(128, 64, 16, 4) if block == 16 else Settings(128, 64, 32, 8)
+
+
+def product_rows(products: list[Product], width: int, block_k: int) -> list[list[int]]:
+    """Rows of the first kernel: taps and input channels of every item in blocks."""
+    block = min(block_channels(width), block_k)
+    rows, base = [], 0
+    for item in products:
+        for tap in range(0, item.taps, block_k // block):
+            for channel in range(0, width, block):
+                rows.append([
+                    item.number, item.slot, item.node, item.half, item.input, item.kernel,
+                    item.dilation, item.pad, tap, item.taps, channel,
+                    base + tap * width + channel, item.spread,
+                ])  # fmt: skip
+        base += item.taps * width
+    return rows
+
+
+def _contraction_rows(products: list[Product], width: int) -> list[list[int]]:
+    rows, base = [], 0
+    for item in products:
+        is_depthwise = int(item.depthwise >= 0)
+        rows.append([base, item.taps, is_depthwise, max(item.depthwise, 0), item.pointwise])
+        base += item.taps * width
+    return rows
+
+
+def division(rows: int, images: int, pixels: int, block_p: int) -> tuple[int, int]:
+    """Parts that the pixels of an image are divided in, and images a program goes through."""
+    tiles = triton.cdiv(pixels, block_p)
+    shares = min(images, triton.cdiv(_PROGRAMS, rows * tiles))
+    return tiles, triton.cdiv(images, shares)
+
+
+def weight_gradients(
+    call: Call,
+    arrays: Arrays,
+    products: list[Product],
+    inputs: Tensor,
+    output_size: tuple[int, int],
+    coef: Tensor,
+    *,
+    rectified: bool,
+) -> None:
+    """Writes the weight gradients of items of a call: two launches.
+
+    Args:
+        products: The items; the same at every call with ``call``.
+        inputs: What they read, ``[n, N, H, W, Cx]``.
+        output_size: Height and width of their outputs.
+        coef: float32 ``[items, 3, C]``.
+        rectified: Whether ``inputs`` has been through the ReLU.
+    """
+    grad = arrays.weights.grad
+    assert grad is not None
+    device, channels, width = coef.device, coef.shape[-1], inputs.shape[-1]
+    chosen = settings(inputs.element_size(), channels)
+    key = (channels, width, chosen.block_k)
+    table = device_table(
+        call, ("products", *key), device, lambda: product_rows(products, width, chosen.block_k)
+    )
+    images, height, across = inputs.shape[1:4]
+    pixels = output_size[0] * output_size[1]
+    tiles, chunk = division(len(table), images, pixels, chosen.block_p)
+    parts = tiles * triton.cdiv(images, chunk)
+    total = sum(item.taps for item in products) * width
+    partials = torch.empty(total, parts, channels, dtype=torch.float32, device=device)
+    grads, strides = node_gradients(arrays)
+    halves = arrays.y if arrays.half_grads is None else arrays.half_grads
+    storage, stride = inputs.dtype, 1 if output_size == (height, across) else 2
+    block_c = block_channels(channels)
+    _weight_products_kernel[(len(table), parts, triton.cdiv(channels, chosen.block_n))](
+        *grads, halves, arrays.y, inputs, coef, partials, table,
+        *strides, halves.stride(0), arrays.y.stride(0), inputs.stride(0), pixel_stride(inputs[0]),
+        images, height, across, *output_size, tiles, chunk,
+        C=channels, BLOCK_N=chosen.block_n, CX=width,
+        CB=min(block_channels(width), chosen.block_k), BLOCK_K=chosen.block_k,
+        BLOCK_P=chosen.block_p, STRIDE=stride, RELU=not rectified,
+        PRECISION=common.precision(storage), OPERAND=common.operand_dtype(storage),
+        num_warps=chosen.warps, maxnreg=_REGISTERS,
+    )  # fmt: skip
+    table = device_table(
+        call, ("contraction", *key), device, lambda: _contraction_rows(products, width)
+    )
+    weights = packed(arrays.weights, storage)
+    # One channel a program on a GPU: there are few. The interpreter wants few programs.
+    block_x = min(64, block_channels(width)) if common.INTERPRETED else 1
+    _weight_gradients_kernel[(len(products), triton.cdiv(width, block_x))](
+        partials, weights.taps, weights.matrices, grad, table, parts,
+        arrays.channels // 2 if any(item.spread == 3 for item in products) else channels,
+        C=channels, BLOCK_C=block_c, CX=width, BLOCK_X=block_x,
+        BLOCK=_ELEMENTS // block_c * common.TILE_SCALE,
+        # Left alone, the assembler aims at 32 registers for sm_80 and spills.
+        maxnreg=64,
+    )  # fmt: skip
+
+
+def _specialisations() -> list[Specialisation]:
+    return search_specialisations(_weight_products_kernel, product=True)
+
+
+def _contraction_specialisations() -> list[Specialisation]:
+    return search_specialisations(_weight_gradients_kernel, gathers=True)
+
+
+register(
+    "weight_products",
+    _weight_products_kernel,
+    reference="reference._convolution_backward",
+    maths="Q[t, c, o] = sum_p r[p + t, c] dy[p, o]",
+    why="see weight_gradient.Settings",
+    specialisations=_specialisations,
+)
+
+register(
+    "weight_gradients",
+    _weight_gradients_kernel,
+    reference="reference._convolution_backward",
+    maths="dW = sum_t d[t] Q[t]; dd[t] = sum_o W[o] Q[t, o]",
+    why="1024 partial sums at a time are two 16-byte loads a thread; few, scattered results",
+    specialisations=_contraction_specialisations,
+)

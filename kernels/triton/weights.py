@@ -1,0 +1,122 @@
+"""The weights of a cell as the kernels read them: taps before channels, matrices in storage dtype.
+
+    taps[o + t C + c]  = flat[o + c k k + t]     of a depthwise weight at offset o, float32
+    matrices[i]        = flat[i]                 of a pointwise weight, storage dtype
+
+One launch a pass. A transposition of small matrices by an index, so loads are single elements.
+Reference: ``Weights.matrix``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..weights import Layout, Weights
+from .common import gated_storages
+from .registry import Specialisation, register
+
+_BLOCK = 1024
+
+
+@triton.jit
+def _pack_weights_kernel(flat_ptr, index_ptr, taps_ptr, matrices_ptr, total, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    m = i < total
+    index = tl.load(index_ptr + i, mask=m, other=0)
+    value = tl.load(flat_ptr + index, mask=m, other=0.0)
+    tl.store(taps_ptr + i, value, mask=m)
+    tl.store(matrices_ptr + i, value.to(matrices_ptr.dtype.element_ty), mask=m)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What kernels read; offsets are those of ``Weights.flat``.
+
+    Attributes:
+        taps: float32 ``[total]``, depthwise weights as ``[kernel * kernel, C]``.
+        matrices: Storage dtype ``[total]``, pointwise weights as ``[C, Cx]``.
+    """
+
+    taps: Tensor
+    matrices: Tensor
+
+
+_indices: WeakKeyDictionary[Layout, dict[torch.device, Tensor]] = WeakKeyDictionary()
+_packed: WeakKeyDictionary[Weights, Packed] = WeakKeyDictionary()
+
+
+def _index(layout: Layout) -> Tensor:
+    """int32 ``[total]``: where in the flat weights every packed element comes from."""
+    index = torch.arange(layout.total, dtype=torch.int32)
+    for offset, (rows, columns) in zip(layout.offsets, layout.padded, strict=True):
+        if columns in (9, 25):
+            part = index[offset : offset + rows * columns]
+            part.copy_(part.view(rows, columns).t().reshape(-1).clone())
+    return index
+
+
+def packed(weights: Weights, storage: torch.dtype) -> Packed:
+    """The packed weights of a pass, made at their first use.
+
+    Args:
+        weights: float32; no padding of channels may leave 9 or 25 input channels.
+        storage: dtype of the arrays.
+    """
+    found = _packed.get(weights)
+    if found is None or found.matrices.dtype != storage:
+        found = _packed[weights] = _pack(weights, storage)
+    return found
+
+
+def _pack(weights: Weights, storage: torch.dtype) -> Packed:
+    by_device = _indices.setdefault(weights.layout, {})
+    flat = weights.flat
+    if flat.device not in by_device:
+        by_device[flat.device] = _index(weights.layout).to(flat.device)
+    out = Packed(torch.empty_like(flat), torch.empty_like(flat, dtype=storage))
+    total = flat.numel()
+    _pack_weights_kernel[(triton.cdiv(total, _BLOCK),)](
+        flat, by_device[flat.device], out.taps, out.matrices, total, BLOCK=_BLOCK
+    )
+    return out
+
+
+def _specialisations() -> list[Specialisation]:
+    found = []
+    for channels, size, weights in ((16, 32, 20_000), (32, 16, 60_000), (64, 8, 200_000)):
+        for storage in gated_storages(channels):
+            found.append(
+                Specialisation(
+                    shape=(96, size, size, channels),
+                    storage=storage,
+                    signature={
+                        "flat_ptr": "*fp32",
+                        "index_ptr": "*i32",
+                        "taps_ptr": "*fp32",
+                        "matrices_ptr": f"*{storage}",
+                        "total": "i32",
+                    },
+                    constants={"BLOCK": _BLOCK},
+                    divisible=("total",),
+                    gathers=True,
+                    programs=triton.cdiv(weights, _BLOCK),
+                    bytes=weights * (12 + (4 if storage == "fp32" else 2)),
+                )
+            )
+    return found
+
+
+register(
+    "pack_weights",
+    _pack_weights_kernel,
+    reference="Weights.matrix",
+    maths="taps[o + tC + c] = flat[o + ckk + t]",
+    why="a copy: 1024 elements are 8 a thread of 4 warps",
+    specialisations=_specialisations,
+)

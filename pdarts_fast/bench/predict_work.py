@@ -1,0 +1,112 @@
+"""What the launches and operators of a pass do, for ``predict_model``: bytes, slots, products.
+
+Instruction densities are from the sm_90 machine code of the bfloat16 kernels (loop bodies of the
+listing that ``python -m pdarts_fast.kernels.triton.gate`` compiles), not from a run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pdarts_fast.bench.predict_model import LANES, Work
+from pdarts_fast.kernels import plan
+from pdarts_fast.kernels.triton.record import _FREE, Launch
+from pdarts_fast.kernels.triton.traffic import traffic
+
+# Warp instructions for every warp of multiply-adds in the loops of the stencils: loads, widening
+# of bfloat16, masks and addresses are the rest.
+STENCIL_DENSITY = {"fan_out": 2.3, "transposed": 2.2}
+# Of a program outside of its loops, a warp.
+PROLOGUE = 250
+# Of an iteration of the weight products' loop, a warp of 4 or of 8.
+PRODUCT_BODY = {4: 143, 8: 108}
+# For every 16 bytes a warp moves in kernels bound by memory: widen, multiply, round, address.
+SLOTS_PER_ACCESS = 24
+ACCESS = 16 * LANES
+
+
+def _pixels(launch: Launch) -> int:
+    images, height, width, channels = launch.size
+    return images * height * width * channels
+
+
+def multiply_adds(launch: Launch) -> int:
+    """Of the stencils of a call's items: ``M C k^2`` each, 9 for a pool."""
+    items = [] if launch.call is None else launch.call.items
+    kinds = (plan.CONV, plan.MAX_POOL, plan.AVG_POOL)
+    taps = sum((item.kernel or 3) ** 2 for item in items if item.kind in kinds)
+    return _pixels(launch) * taps
+
+
+def product_flops(launch: Launch) -> float:
+    """In tensor cores; 0 for kernels without."""
+    values = launch.values
+    if launch.name == "weight_products":
+        tile = values["BLOCK_K"] * values["BLOCK_P"] * values["BLOCK_N"]
+        return 2.0 * launch.programs * values["chunk"] * tile
+    items = [] if launch.call is None else launch.call.items
+    convolutions = sum(item.kind == plan.CONV for item in items)
+    channels = launch.size[-1]
+    if launch.name in ("fan_out", "output_gradient"):
+        return 2.0 * _pixels(launch) * channels * convolutions
+    if launch.name == "pointwise_backward":
+        return 2.0 * _pixels(launch) * values["CX"]
+    if launch.name == "one_by_one":
+        return 2.0 * _pixels(launch) * values["C_IN"] * max(1, len(items) - convolutions)
+    return 0.0
+
+
+def slots(launch: Launch) -> float:
+    """Warp instructions of all programs."""
+    warps = launch.programs * int(launch.options.get("num_warps", 4))
+    if launch.name in STENCIL_DENSITY:
+        return warps * PROLOGUE + multiply_adds(launch) / LANES * STENCIL_DENSITY[launch.name]
+    if launch.name == "weight_products":
+        body = PRODUCT_BODY[int(launch.options["num_warps"])]
+        return float(warps * (PROLOGUE + launch.values["chunk"] * body))
+    return warps * PROLOGUE / 4 + traffic(launch) / ACCESS * SLOTS_PER_ACCESS
+
+
+def work(launch: Launch) -> Work:
+    """What the model needs of a launch."""
+    moved = traffic(launch)
+    return Work(launch.name, moved, slots(launch), product_flops(launch), launch.programs)
+
+
+class EagerOperators(TorchDispatchMode):
+    """Bytes of the operators of eager torch that launch something, on any device.
+
+    Attributes:
+        moved: Bytes read and written by each operator, in order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved: list[int] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        found = function(*args, **(kwargs or {}))
+        if function.overloadpacket.__name__ not in _FREE:
+            outputs = found if isinstance(found, (tuple, list)) else (found,)
+            tensors = [x for x in (*args, *outputs) if isinstance(x, Tensor)]
+            self.moved.append(sum(x.numel() * x.element_size() for x in tensors))
+        return found
+
+
+def published_operators(network: torch.nn.Module, batch: int) -> list[int]:
+    """Bytes of every operator of a forward and backward pass of the published graph.
+
+    Args:
+        network: On device ``meta``, with backend ``reference``.
+    """
+    images = torch.empty(batch, 3, 32, 32, device="meta")
+    with EagerOperators() as operators:
+        logits = network(images)
+        (logits[0] if isinstance(logits, tuple) else logits).sum().backward()
+    return operators.moved
