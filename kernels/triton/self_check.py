@@ -147,7 +147,7 @@ def _fan_out(s: Sample, backend: Backend, arrays: Arrays) -> Outputs:
     call = s.calls.leave[0]
     sums = _sums(call, arrays.weights.flat)
     backend.fan_out(call, arrays, arrays.states[0], sums)
-    return {"y": arrays.y[call.slots.to(arrays.y.device)], "sums": sums}
+    return {"y": arrays.y[call.places(arrays.y.device).slots], "sums": sums}
 
 
 def _mid(s: Sample, backend: Backend, arrays: Arrays) -> Outputs:
@@ -155,7 +155,7 @@ def _mid(s: Sample, backend: Backend, arrays: Arrays) -> Outputs:
     sums = _sums(call, flat)
     scale, shift = (_coefficients(flat, len(call.items), CHANNELS) for _ in range(2))
     backend.mid(call, arrays, scale, shift, sums)
-    return {"y": arrays.y[call.slots.to(arrays.y.device)], "sums": sums}
+    return {"y": arrays.y[call.places(arrays.y.device).slots], "sums": sums}
 
 
 def _preprocess(which: int) -> Callable[[Sample, Backend, Arrays], Outputs]:

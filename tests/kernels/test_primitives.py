@@ -142,7 +142,11 @@ def test_fan_out(bench: Bench) -> None:
     def run(backend: Any, arrays: Arrays, cast: Any) -> dict[str, Tensor]:
         sums = sums_like(call, 2, bench.channels)
         backend.fan_out(call, arrays, arrays.states[0], sums)
-        return {"y": arrays.y[call.slots], "mean": sums[:, 0], "variance": sums[:, 1]}
+        return {
+            "y": arrays.y[call.places(arrays.y.device).slots],
+            "mean": sums[:, 0],
+            "variance": sums[:, 1],
+        }
 
     compare(bench, run)
 
@@ -175,7 +179,11 @@ def test_mid(bench: Bench) -> None:
         sums = sums_like(call, 2, bench.channels)
         shifts = cast(shift.expand(scale.shape))
         backend.mid(call, arrays, cast(scale), shifts, sums)
-        return {"y": arrays.y[call.slots], "mean": sums[:, 0], "variance": sums[:, 1]}
+        return {
+            "y": arrays.y[call.places(arrays.y.device).slots],
+            "mean": sums[:, 0],
+            "variance": sums[:, 1],
+        }
 
     compare(bench, run)
 
@@ -270,5 +278,5 @@ def test_bfloat16_is_stored_rounded_to_nearest_even() -> None:
     for backend in (Reference(), fused.backend_named(KERNELS)):
         sums = sums_like(call, 2, 16)
         backend.fan_out(call, arrays, arrays.states[2], sums)
-        stored = arrays.y[call.slots].double()
+        stored = arrays.y[call.places(arrays.y.device).slots].double()
         torch.testing.assert_close(sums[:, 0], stored.mean((1, 2, 3)), rtol=1e-5, atol=1e-6)
