@@ -18,7 +18,10 @@ def test_pass_by_primitive(
 ) -> None:
     rival = rivals.make(stage, BATCH, compiled)[compiled]
     rival.forward_backward()
-    with primitives.recording(fused.backend_named(compiled)) as costs:
+    with (
+        fused.primitive_by_primitive(compiled),
+        primitives.recording(fused.backend_named(compiled)) as costs,
+    ):
         rival.forward_backward()
     benchmark.extra_info.update(machine)
     for name, cost in costs.items():

@@ -11,9 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from . import plan as plans
-from .cell_operator import backend_named, register_backend
+from .cell_operator import backend_named, primitive_by_primitive, register_backend
 
-__all__ = ["Names", "backend_named", "plans", "prepare", "register_backend", "run"]
+__all__ = [
+    "Names",
+    "backend_named",
+    "plans",
+    "prepare",
+    "primitive_by_primitive",
+    "register_backend",
+    "run",
+]
 
 
 def _storage_dtype(x: Tensor) -> torch.dtype:

@@ -7,7 +7,8 @@ their own, since only functional operators may have gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,17 @@ def register_backend(name: str, backend: Backend, whole_cell: WholeCell | None =
     _WHOLE_CELLS.pop(name, None)
     if whole_cell is not None:
         _WHOLE_CELLS[name] = whole_cell
+
+
+@contextmanager
+def primitive_by_primitive(name: str) -> Iterator[None]:
+    """Inside the block a backend's cells call its primitives one by one, to be measured."""
+    whole = _WHOLE_CELLS.pop(name, None)
+    try:
+        yield
+    finally:
+        if whole is not None:
+            _WHOLE_CELLS[name] = whole
 
 
 def backend_named(name: str) -> Backend:

@@ -88,7 +88,10 @@ def _stage(options: BenchOptions, stage: int, batch: int, repeats: int) -> dict[
         published = rivals.published_bilevel(made[rivals.PUBLISHED], config)
         steps["published bilevel step"] = published
     timed = measure.interleaved(steps, repeats)
-    with primitives.recording(fused.backend_named(options.backend)) as costs:
+    with (
+        fused.primitive_by_primitive(options.backend),
+        primitives.recording(fused.backend_named(options.backend)) as costs,
+    ):
         for parameter in own.network.parameters():
             parameter.requires_grad_(True)
         own.forward_backward()
