@@ -245,10 +245,8 @@ def test_mid_backward(bench: Bench, want_gradients: bool) -> None:
     compare(bench, run, want_gradients=want_gradients)
 
 
-@pytest.mark.parametrize("source", [0, 2], ids=["from-input", "from-node"])
-@pytest.mark.parametrize("incoming", [True, False], ids=["incoming", "alone"])
-def test_fan_in(bench: Bench, source: int, incoming: bool) -> None:
-    call = bench.calls.gather[source]
+def compare_fan_in(bench: Bench, call: Call, source: int, incoming: bool) -> None:
+    """``fan_in`` of a call on a state, added to a slice of an array or alone."""
     coef = bench.random(len(call.items), 3, bench.channels)
     shape = bench.larger if source < 2 else bench.smaller
     before = bench.random(*shape[:3], 4 * bench.channels)
@@ -262,6 +260,23 @@ def test_fan_in(bench: Bench, source: int, incoming: bool) -> None:
         return {"dx": out, "dw": arrays.weights.grad}
 
     compare(bench, run)
+
+
+@pytest.mark.parametrize("source", [0, 2], ids=["from-input", "from-node"])
+@pytest.mark.parametrize("incoming", [True, False], ids=["incoming", "alone"])
+def test_fan_in(bench: Bench, source: int, incoming: bool) -> None:
+    compare_fan_in(bench, bench.calls.gather[source], source, incoming)
+
+
+@pytest.mark.parametrize("channels", CHANNELS, ids=lambda c: f"odd-c{c}")
+def test_fan_in_of_factorized_reduces_behind_convolutions(channels: int) -> None:
+    """As where pruning leaves no skip on a state's first edge."""
+    bench = Bench(channels, SIZES["odd"], reduction=True)
+    call = bench.calls.gather[0]
+    items = sorted(call.items, key=lambda item: item.kind == plan.FACTORIZED)
+    assert items[0].kind != plan.FACTORIZED
+    assert items[-1].kind == plan.FACTORIZED
+    compare_fan_in(bench, Call(tuple(items), call.num_ops), 0, False)
 
 
 def test_bfloat16_is_stored_rounded_to_nearest_even() -> None:
