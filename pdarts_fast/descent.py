@@ -80,6 +80,10 @@ class Descent:
         if self._graphs is not None:
             self._graphs.close()
 
+    def bad_step(self) -> int:
+        """First global step whose numbers were not finite, -1 if all are; waits for the device."""
+        return int(self.first_bad_step)
+
     def prepare(self) -> None:
         """Make all state that the first step would make, at the place where it stays."""
         for optimizer in self.optimizers:

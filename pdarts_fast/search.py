@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,12 @@ from pdarts_fast.config import SearchConfig
 from pdarts_fast.data import Augmentation, Dataset, Loader, split_indices
 from pdarts_fast.data.choose import array_loader, choose_loader
 from pdarts_fast.distributed import SINGLE, Ranks
-from pdarts_fast.errors import RunError
-from pdarts_fast.run.clock import CHECKPOINT, LOADING, LOGGING, SET_UP, STEP, VALIDATION, Clock
+from pdarts_fast.run.clock import CHECKPOINT, LOGGING, VALIDATION, Clock
 from pdarts_fast.run.directory import RunDirectory
 from pdarts_fast.run.environment import peak_memory_mib
-from pdarts_fast.run.metrics import MetricsLog
-from pdarts_fast.run.progress import Display, RemainingTime, Status
-from pdarts_fast.run.signals import Interrupted, StopRequest
+from pdarts_fast.run.progress import Display, RemainingTime
+from pdarts_fast.run.signals import StopRequest
+from pdarts_fast.run_loop import RunLoop
 from pdarts_fast.search_result import write_genotypes, write_stage
 from pdarts_fast.search_space import Derivation
 from pdarts_fast.search_state import (
@@ -35,12 +35,12 @@ from pdarts_fast.search_state import (
     save_state,
 )
 from pdarts_fast.shared_step import collect_state, share_step
-from pdarts_fast.step import WEIGHTS, Averages, Meter, SearchStep
+from pdarts_fast.step import WEIGHTS, Meter, SearchStep
 from pdarts_fast.strategies.base import Strategy
 from pdarts_fast.supernet import Network
 
 
-class Search:
+class Search(RunLoop[SearchStep, SearchConfig]):
     """One search in one run directory: the stages of P-DARTS or what its strategy makes of them.
 
     Args:
@@ -71,14 +71,9 @@ class Search:
         ranks: Ranks = SINGLE,
         clock: Clock | None = None,
     ) -> None:
-        self.config = config
+        super().__init__(config, run, device, display, ranks, clock)
         self.strategy = strategy
-        self.ranks = ranks
         self.dataset = dataset
-        self.run_dir = run
-        self.device = device
-        self.display = display
-        self.clock = clock or Clock()
         self._capture = cuda_capture(device, config.cuda_graphs)
         self._weight_indices, self._alpha_indices = split_indices(
             len(dataset.train), config.data_split
@@ -90,15 +85,9 @@ class Search:
         self.state = saved or SearchState(Position(), search_space.all_switches(), [])
         if self.state.strategy:
             strategy.load_state_dict(self.state.strategy)
-        self.metrics = MetricsLog(
-            run.metrics,
-            run.path / "tensorboard" if config.tensorboard and run.writes else None,
-            self.state.position.global_step,
-        )
         steps = -(-len(self._weight_indices) // config.batch_size)
         self._remaining = RemainingTime(config, steps)
-        self._steps_per_epoch = steps
-        self._stop = StopRequest()
+        self._start(self.state.position, steps)
 
     def run(self, stop: StopRequest) -> Derivation:
         """Run what is left of the search.
@@ -230,42 +219,14 @@ class Search:
             passes, start = passes + 1, 0
 
     def _train_epoch(self, step: SearchStep, weights: Loader, alphas: Loader) -> None:
-        config, position = self.config, self.state.position
-        trains_alphas = position.epoch >= config.warmup_epochs
-        alpha_batches = self._alpha_batches(alphas) if trains_alphas else None
-        self.clock.lap(SET_UP)
-        last = time.perf_counter()
-        for batch in weights.epoch(position.epoch, position.step):
-            alpha_batch = next(alpha_batches) if alpha_batches is not None else None
-            self._lap(LOADING)
-            step.run(batch, alpha_batch, position.global_step)
-            self._stop.settle()
-            self._lap(STEP)
-            position.step += 1
-            position.global_step += 1
-            now = time.perf_counter()
-            position.add_seconds(now - last)
-            last = now
-            self.display.advance()
-            if position.step % config.log_interval == 0 or position.step == self._steps_per_epoch:
-                self._log_interval(step)
-            self._lap(LOGGING)
-            self._stop_or_save(step)
-            self._lap(CHECKPOINT)
-
-    def _lap(self, activity: str) -> None:
-        self.state.position.overhead_seconds += self.clock.lap(activity)
-
-    def _stop_or_save(self, step: SearchStep) -> None:
-        """Write a checkpoint if it is time for one or the search was asked to stop."""
-        config, position = self.config, self.state.position
-        interval = config.checkpoint_interval
-        at_end = position.step == self._steps_per_epoch
-        due = at_end or (interval > 0 and position.step % interval == 0)
-        if due or self._stop.signum is not None:
-            self._require_finite(step)
-            self._save(step)
-        self._raise_if_stopped()
+        position = self.state.position
+        trains_alphas = position.epoch >= self.config.warmup_epochs
+        alpha_batches = self._alpha_batches(alphas) if trains_alphas else repeat(None)
+        self._run_steps(
+            step,
+            zip(weights.epoch(position.epoch, position.step), alpha_batches, strict=False),
+            lambda batch: step.run(batch[0], batch[1], position.global_step),
+        )
 
     def _save(self, step: SearchStep | None) -> None:
         if step is not None:
@@ -273,29 +234,8 @@ class Search:
         self.state.strategy = self.strategy.state_dict()
         save_state(self.state, step, self.config, self._facts, self.run_dir, self.device)
 
-    def _raise_if_stopped(self) -> None:
-        if self._stop.signum is not None:
-            raise Interrupted(self._stop.signum)
-
-    def _require_finite(self, step: SearchStep) -> None:
-        """Refuse to go on, and to overwrite a good checkpoint, after a loss that is no number."""
-        bad = self.ranks.agree(int(step.first_bad_step))
-        if bad < 0:
-            return
-        stage = self.state.position.stage + 1
-        message = (
-            f"the loss or gradient of step {bad} (stage {stage}) is not finite; the last good "
-            f"checkpoint is in {self.run_dir.path / 'checkpoints'}; try a smaller --lr or "
-            "--grad-clip"
-        )
-        raise self.ranks.agreed(RunError(message))
-
-    def _take(self, meter: Meter) -> tuple[Averages, Averages]:
-        """The averages over all ranks (on rank 0), of which the meter is emptied."""
-        self.ranks.collect(meter.sums)
-        averages = meter.read()
-        meter.reset()
-        return averages
+    def _part(self) -> str:
+        return f" (stage {self.state.position.stage + 1})"
 
     def _where(self) -> dict[str, int]:
         at = self.state.position
@@ -307,10 +247,8 @@ class Search:
         return rates | {"dropout": self.strategy.skip_dropout(stage, epoch)}
 
     def _log_interval(self, step: SearchStep) -> None:
-        self.clock.wait(self.device)
-        self._require_finite(step)
         config, position = self.config, self.state.position
-        seconds, position.interval_seconds = position.interval_seconds, 0.0
+        seconds = self._interval_seconds(step)
         weights, alphas = self._take(step.interval_meter)
         speed = (weights.images + alphas.images) / seconds
         passes = sum(-(-part.images // config.batch_size) for part in (weights, alphas))
@@ -328,22 +266,8 @@ class Search:
                 "seconds": seconds,
             }
         )
-        stage_eta, search_eta = self._remaining.left(position.stage, position.epoch, position.step)
-        self.display.report(
-            Status(
-                stage=position.stage + 1,
-                stages=config.stages,
-                epoch=position.epoch + 1,
-                epochs=config.epochs,
-                step=position.step,
-                steps=self._steps_per_epoch,
-                loss=weights.loss or 0.0,
-                accuracy=weights.accuracy or 0.0,
-                images_per_second=speed,
-                stage_eta=stage_eta,
-                search_eta=search_eta,
-            )
-        )
+        etas = self._remaining.left(position.stage, position.epoch, position.step)
+        self._report(weights, speed, etas, position.stage + 1, config.stages)
 
     def _end_epoch(self, step: SearchStep, alphas: Loader) -> None:
         """Write the records of an epoch whose steps are all done, and validate if it is time.
@@ -392,8 +316,7 @@ class Search:
             if len(labels):
                 loss, logits = step.forward(images, labels)
                 meter.add(WEIGHTS, loss, logits, labels)
-            self._stop.settle()
-            self._raise_if_stopped()
+            self._settle_and_raise()
         step.network.train()
         result = self._take(meter)[WEIGHTS]
         seconds = time.perf_counter() - start
@@ -444,5 +367,4 @@ class Search:
         position.stage_seconds = 0.0
         self._save(None)
         self.clock.lap(CHECKPOINT)
-        self._stop.settle()
-        self._raise_if_stopped()
+        self._settle_and_raise()

@@ -15,17 +15,17 @@ from pdarts_fast.distributed import SINGLE, Ranks
 from pdarts_fast.errors import RunError
 from pdarts_fast.genotype import Genotype, check_genotype
 from pdarts_fast.run.checkpoint import random_state, set_random_state
-from pdarts_fast.run.clock import CHECKPOINT, LOADING, LOGGING, SET_UP, STEP, VALIDATION, Clock
+from pdarts_fast.run.clock import CHECKPOINT, LOGGING, VALIDATION, Clock
 from pdarts_fast.run.directory import RunDirectory
 from pdarts_fast.run.environment import peak_memory_mib
-from pdarts_fast.run.metrics import MetricsLog
-from pdarts_fast.run.progress import Display, Status
+from pdarts_fast.run.progress import Display
 from pdarts_fast.run.resume import load_matching
-from pdarts_fast.run.signals import Interrupted, StopRequest
+from pdarts_fast.run.signals import StopRequest
+from pdarts_fast.run_loop import RunLoop
 from pdarts_fast.scoring import Scores, score
 from pdarts_fast.settings import to_json
 from pdarts_fast.shared_step import collect_state, require_same, share_step
-from pdarts_fast.step import WEIGHTS, Averages, Meter
+from pdarts_fast.step import WEIGHTS
 from pdarts_fast.train_config import TrainConfig
 from pdarts_fast.train_data import TrainData
 from pdarts_fast.train_schedule import drop_path, learning_rate
@@ -66,7 +66,7 @@ class Progress:
         self.seconds += seconds
 
 
-class Training:
+class Training(RunLoop[TrainStep, TrainConfig]):
     """One training run in one run directory.
 
     Args:
@@ -97,13 +97,8 @@ class Training:
         ranks: Ranks = SINGLE,
         clock: Clock | None = None,
     ) -> None:
-        self.config = config
-        self.ranks = ranks
+        super().__init__(config, run, device, display, ranks, clock)
         self.data = data
-        self.run_dir = run
-        self.device = device
-        self.display = display
-        self.clock = clock or Clock()
         self.spec = NetworkSpec(
             config.network,
             config.channels,
@@ -115,14 +110,8 @@ class Training:
         self._saved = self._load()
         self.resumed = self._saved is not None
         self.progress = Progress(**self._saved["progress"]) if self._saved else Progress()
-        self.metrics = MetricsLog(
-            run.metrics,
-            run.path / "tensorboard" if config.tensorboard and run.writes else None,
-            self.progress.global_step,
-        )
-        self._steps_per_epoch = len(data.train)
+        self._start(self.progress, len(data.train))
         self._first_step, self._first_seconds = self.progress.global_step, self.progress.seconds
-        self._stop = StopRequest()
 
     def run(self, stop: StopRequest) -> Progress:
         """Run what is left of the training.
@@ -198,37 +187,12 @@ class Training:
         share_step(step, ranks)
 
     def _train_epoch(self, step: TrainStep) -> None:
-        config, progress = self.config, self.progress
-        self.clock.lap(SET_UP)
-        last = time.perf_counter()
-        for images, labels in self.data.train.epoch(progress.epoch, progress.step):
-            self._lap(LOADING)
-            step.run(images, labels, progress.global_step)
-            self._stop.settle()
-            self._lap(STEP)
-            progress.step += 1
-            progress.global_step += 1
-            now = time.perf_counter()
-            progress.add_seconds(now - last)
-            last = now
-            self.display.advance()
-            if progress.step % config.log_interval == 0 or progress.step == self._steps_per_epoch:
-                self._log_interval(step)
-            self._lap(LOGGING)
-            self._stop_or_save(step)
-            self._lap(CHECKPOINT)
-
-    def _lap(self, activity: str) -> None:
-        self.progress.overhead_seconds += self.clock.lap(activity)
-
-    def _stop_or_save(self, step: TrainStep) -> None:
-        """Write a checkpoint if it is time for one or the training was asked to stop."""
-        interval, done = self.config.checkpoint_interval, self.progress.step
-        due = done == self._steps_per_epoch or (interval > 0 and done % interval == 0)
-        if due or self._stop.signum is not None:
-            self._require_finite(step.bad_step())
-            self._save(step)
-        self._raise_if_stopped()
+        progress = self.progress
+        self._run_steps(
+            step,
+            self.data.train.epoch(progress.epoch, progress.step),
+            lambda batch: step.run(batch[0], batch[1], progress.global_step),
+        )
 
     def _save(self, step: TrainStep) -> None:
         collect_state(step, self.ranks)
@@ -246,31 +210,6 @@ class Training:
             }
         )
 
-    def _settle_and_raise(self) -> None:
-        self._stop.settle()
-        self._raise_if_stopped()
-
-    def _raise_if_stopped(self) -> None:
-        if self._stop.signum is not None:
-            raise Interrupted(self._stop.signum)
-
-    def _require_finite(self, bad_step: int) -> None:
-        """Refuse to go on, and to overwrite a good checkpoint, after a loss that is no number."""
-        bad_step = self.ranks.agree(bad_step)
-        if bad_step >= 0:
-            message = (
-                f"the loss or gradient of step {bad_step} is not finite; the last good checkpoint "
-                f"is in {self.run_dir.path / 'checkpoints'}; try a smaller --lr or --grad-clip"
-            )
-            raise self.ranks.agreed(RunError(message))
-
-    def _take(self, meter: Meter) -> Averages:
-        """The averages over all ranks (on rank 0), of which the meter is emptied."""
-        self.ranks.collect(meter.sums)
-        average = meter.read()[WEIGHTS]
-        meter.reset()
-        return average
-
     def _where(self) -> dict[str, int]:
         return {"epoch": self.progress.epoch, "step": self.progress.global_step}
 
@@ -282,11 +221,8 @@ class Training:
         }
 
     def _log_interval(self, step: TrainStep) -> None:
-        self.clock.wait(self.device)
-        self._require_finite(int(step.first_bad_step))
-        config, progress = self.config, self.progress
-        seconds, progress.interval_seconds = progress.interval_seconds, 0.0
-        average = self._take(step.interval_meter)
+        seconds = self._interval_seconds(step)
+        average = self._take(step.interval_meter)[WEIGHTS]
         speed = average.images / seconds
         self.metrics.write(
             {
@@ -300,21 +236,7 @@ class Training:
             }
         )
         left = self._seconds_left()
-        self.display.report(
-            Status(
-                stage=1,
-                stages=1,
-                epoch=progress.epoch + 1,
-                epochs=config.epochs,
-                step=progress.step,
-                steps=self._steps_per_epoch,
-                loss=average.loss or 0.0,
-                accuracy=average.accuracy or 0.0,
-                images_per_second=speed,
-                stage_eta=left,
-                search_eta=left,
-            )
-        )
+        self._report(average, speed, (left, left))
 
     def _seconds_left(self) -> float:
         """Time left at the speed of this process so far, its evaluations included."""
@@ -330,7 +252,7 @@ class Training:
         goes on at the beginning of this method.
         """
         config, progress = self.config, self.progress
-        average = self._take(step.epoch_meter)
+        average = self._take(step.epoch_meter)[WEIGHTS]
         self.metrics.write(
             {
                 "kind": "epoch",

@@ -102,9 +102,10 @@ def test_a_training_from_traces_ends_as_an_eager_one(
 READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
 # What may wait for the device: all but the steps between two log intervals.
 WAITING = {
-    search.Search: ("_build_stage", "_log_interval", "_save", "_require_finite", "_end_epoch",
-                    "_end_stage"),
+    search.Search: ("_build_stage", "_log_interval", "_save", "_end_epoch", "_end_stage"),
     training.Training: ("_build", "_log_interval", "_save", "_end_epoch"),
+    # Asked before a checkpoint is written.
+    search.SearchStep: ("bad_step",),
     TrainStep: ("bad_step",),
 }  # fmt: skip
 
