@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import plan as plans
 from .cell_operator import backend_named, primitive_by_primitive, register_backend
+from .rows import storage_dtype
 
 __all__ = [
     "Names",
@@ -22,13 +23,6 @@ __all__ = [
     "register_backend",
     "run",
 ]
-
-
-def _storage_dtype(x: Tensor) -> torch.dtype:
-    """dtype of the arrays: that of autocast in its region; float16 is computed in float32."""
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return torch.float32 if dtype == torch.float16 else dtype
 
 
 class Names:
@@ -85,7 +79,7 @@ def run(backend: str, cell: nn.Module, s0: Tensor, s1: Tensor, weights: Tensor) 
     if names is None or getattr(cell, "_is_replica", False):
         names = prepare(cell)
     running = [b for norm in names.norms for b in (norm.running_mean, norm.running_var)]
-    dtype = _storage_dtype(s1)
+    dtype = storage_dtype(s1)
     control: Any = names.dropout
     rate = s1.new_zeros(1, dtype=torch.float32) if control is None else control.p
     state = s1.new_zeros(2, dtype=torch.int64) if control is None else control.state

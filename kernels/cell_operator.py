@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import moments
@@ -22,6 +21,7 @@ from .cell_pass import Saved, state_size
 from .interface import Arrays, Backend, WholeCell
 from .plan import Plan
 from .reference import Reference
+from .rows import as_image, as_rows, copy_shape, fake_image, refuse_second_derivative
 from .weights import Weights, layout
 
 _BACKENDS: dict[str, Backend] = {"reference": Reference()}
@@ -67,26 +67,14 @@ def _served_by(name: str, dtype: torch.dtype) -> str:
     return "reference" if dtype == torch.float64 else name
 
 
-def _backend(name: str, dtype: torch.dtype) -> Backend:
+def primitives_for(name: str, dtype: torch.dtype) -> Backend:
+    """The primitives of a backend for arrays of a dtype."""
     return _BACKENDS[_served_by(name, dtype)]
 
 
 def _output_size(plan: Plan, s1: Tensor) -> tuple[int, int, int]:
     divisor = 2 if plan.reduction else 1
     return s1.shape[0], -(-s1.shape[2] // divisor), -(-s1.shape[3] // divisor)
-
-
-def _as_rows(x: Tensor, dtype: torch.dtype, channels: int) -> Tensor:
-    """``[N, C, H, W]`` to contiguous ``[N, H, W, channels]``; no copy if it already is."""
-    rows = x.detach().to(dtype).permute(0, 2, 3, 1)
-    missing = channels - rows.shape[-1]
-    return F.pad(rows, (0, missing)) if missing else rows.contiguous()
-
-
-def _is_rows(x: Tensor, dtype: torch.dtype, channels: int) -> bool:
-    """Whether ``_as_rows`` copies nothing."""
-    rows = x.permute(0, 2, 3, 1)
-    return x.dtype == dtype and x.shape[1] == channels and rows.is_contiguous()
 
 
 def _whole_output(plan: Plan, channels: int) -> bool:
@@ -126,7 +114,7 @@ def _empty_outputs(
     channels = backend.channels(plan.channels)
     depths = [backend.channels(count) for count in plan.in_channels]
     copies = [
-        empty((0,) if _is_rows(s, dtype, depth) else (s.shape[0], *s.shape[2:], depth), s1, dtype)
+        empty(copy_shape(s, dtype, depth), s1, dtype)
         for s, depth in zip((s0, s1), depths, strict=True)
     ]
     states = [
@@ -206,12 +194,12 @@ def cell_forward(
     dtype: torch.dtype,
 ) -> Outputs:
     """A cell of the plan ``key``: output, then what the backward pass reads (``_saved``)."""
-    plan, primitives = plans.from_key(key), _backend(backend, dtype)
+    plan, primitives = plans.from_key(key), primitives_for(backend, dtype)
     outputs = _empty_outputs(plan, primitives, s0, s1, dtype, training, primitives.empty)
     channels = primitives.channels(plan.channels)
     for s, copy, count in zip((s0, s1), outputs[1:3], plan.in_channels, strict=True):
         if copy.numel():
-            copy.copy_(_as_rows(s, dtype, primitives.channels(count)))
+            copy.copy_(as_rows(s, dtype, primitives.channels(count)))
     saved = _saved(s0, s1, outputs)
     if not training:
         running_moments = _running_moments(plan, running, channels)
@@ -230,7 +218,7 @@ def cell_forward(
 
 @cell_forward.register_fake
 def _(s0, s1, alphas, weights, running, rate, state, key, backend, training, dtype):
-    plan, primitives = plans.from_key(key), _backend(backend, dtype)
+    plan, primitives = plans.from_key(key), primitives_for(backend, dtype)
     return _empty_outputs(plan, primitives, s0, s1, dtype, training, _fake_empty)
 
 
@@ -250,7 +238,7 @@ def cell_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of both inputs, the alphas and the weights (flat); empty where not in ``wants``."""
     plan, dtype = plans.from_key(key), outputs[3].dtype
-    primitives = _backend(backend, dtype)
+    primitives = primitives_for(backend, dtype)
     saved = _saved(s0, s1, outputs)
     dropout = (outputs[9], state)
     arrays = _arrays(plan, primitives, saved, weights, dropout, training, wants[3])
@@ -262,21 +250,11 @@ def cell_backward(
         backward = Backward(primitives, plan, saved, arrays, alphas)
         grads = backward.run(node_grads, want_inputs, wants[3])
         all_alphas = backward.grad_alphas
-    grad_inputs = [_as_image(rows, s) for rows, s in zip(grads, (s0, s1), strict=True)]
+    grad_inputs = [as_image(rows, s) for rows, s in zip(grads, (s0, s1), strict=True)]
     grad_alphas = all_alphas.view(alphas.shape) if wants[2] else alphas.new_empty(0)
     flat = arrays.weights.gradient() if wants[3] else weights[0].new_empty(0)
     grad_alphas, flat = grad_alphas.to(alphas.dtype), flat.to(weights[0].dtype)
     return grad_inputs[0], grad_inputs[1], grad_alphas, flat
-
-
-def _as_image(rows: Tensor | None, like: Tensor) -> Tensor:
-    """The gradient of an input, ``[N, C, H, W]`` without padding; empty for None."""
-    if rows is None:
-        return like.new_empty(0)
-    image = rows.to(like.dtype).permute(0, 3, 1, 2)
-    if image.shape[1] == like.shape[1]:
-        return image
-    return image[:, : like.shape[1]].contiguous(memory_format=torch.channels_last)
 
 
 def _node_gradients(plan: Plan, grad: Tensor, saved: Saved) -> Tensor:
@@ -296,12 +274,7 @@ def _fake_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     nothing = torch.Size([0])
     total = sum(weight.numel() for weight in weights)
-    inputs = [
-        s.new_empty((s.shape[0], *s.shape[2:], s.shape[1])).permute(0, 3, 1, 2)
-        if want
-        else s.new_empty(nothing)
-        for s, want in zip((s0, s1), wants[:2], strict=True)
-    ]
+    inputs = [fake_image(s, want) for s, want in zip((s0, s1), wants[:2], strict=True)]
     grad_alphas = alphas.new_empty(alphas.shape if wants[2] else nothing)
     flat = weights[0].new_empty(total if wants[3] else nothing)
     return inputs[0], inputs[1], grad_alphas, flat
@@ -349,15 +322,12 @@ def _backward(ctx, grad, *_):
     )
 
 
-def _no_double_backward(ctx, *grads):
-    raise RuntimeError(
-        "the fused search cell has no second derivative; build the network with "
-        "backend='reference' to differentiate its gradients"
-    )
-
-
 cell_forward.register_autograd(_backward, setup_context=_setup_context)
-cell_backward.register_autograd(_no_double_backward, setup_context=lambda ctx, inputs, output: None)
+refuse_second_derivative(
+    cell_backward,
+    "the fused search cell has",
+    "build the network with backend='reference' to differentiate its gradients",
+)
 
 
 @torch.library.custom_op("pdarts_fast::update_running", mutates_args=("running", "batches"))

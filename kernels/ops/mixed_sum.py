@@ -15,7 +15,9 @@ from torch import Tensor
 
 from .. import plan
 from ..calls import Call, Item
+from ..cell_operator import primitives_for
 from ..interface import Arrays, Backend
+from ..rows import refuse_second_derivative
 from . import common
 
 _SKIP = Item(plan.SKIP, 0, 1, 1, 0, -1, -1, -1, 0, 0, -1, -1, -1, 0, 0, -1)
@@ -115,7 +117,7 @@ def _factors(weights: Tensor, backend: Backend, rows: Tensor) -> Tensor:
 def _weighted_sum(outputs: list[Tensor], weights: Tensor, backend: str) -> Tensor:
     """``weighted_sum`` of checked arguments."""
     first = outputs[0]
-    primitives, strides = common.primitives(backend, first.dtype), _strides(first)
+    primitives, strides = primitives_for(backend, first.dtype), _strides(first)
     width = primitives.channels(1)
     rows = [_flat(x, strides, width) for x in outputs]
     factors = _factors(weights, primitives, rows[0])
@@ -134,7 +136,7 @@ def _weighted_sum_backward(
 ) -> list[Tensor]:
     """Gradient of the weights, then of every candidate; empty where not in ``wants``."""
     first = outputs[0]
-    primitives, strides = common.primitives(backend, first.dtype), _strides(first)
+    primitives, strides = primitives_for(backend, first.dtype), _strides(first)
     width = primitives.channels(1)
     g = _flat(grad.to(first.dtype), strides, width)
     factors = _factors(weights, primitives, g)
@@ -179,16 +181,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return found, of_weights if wants[0] else None, None
 
 
-def _no_double_backward(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError(
-        "weighted_sum has no second derivative; use weighted_sum_reference to differentiate its "
-        "gradients"
-    )
-
-
 _weighted_sum.register_autograd(_backward, setup_context=_setup_context)
-_weighted_sum_backward.register_autograd(
-    _no_double_backward, setup_context=lambda ctx, inputs, output: None
+refuse_second_derivative(
+    _weighted_sum_backward,
+    "weighted_sum has",
+    "use weighted_sum_reference to differentiate its gradients",
 )
 
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import moments
+from ..cell_operator import primitives_for
 from ..interface import Backend
+from ..rows import as_image, as_rows, copy_shape, fake_image, refuse_second_derivative
 from . import common
 from .block import BlockPass, Geometry, Stored, gains_table, running_norms
 from .separable_reference import NormState
@@ -29,7 +31,7 @@ def _empty_outputs(geometry: Geometry, backend: Backend, x: Tensor, empty: Any) 
     """Output, input as rows if that is a copy, slots, norms, statistics: uninitialised."""
     channels, halves = backend.channels(geometry.channels), geometry.halves
     size = geometry.out_size(*x.shape[2:])
-    rows = (0,) if common.is_rows(x, channels) else (x.shape[0], *x.shape[2:], channels)
+    rows = copy_shape(x, x.dtype, channels)
     out = empty((x.shape[0], *size, geometry.channels), x, x.dtype).permute(0, 3, 1, 2)
     norms = x.new_empty((halves, 2, channels), dtype=torch.float64)
     return (
@@ -60,11 +62,11 @@ def _separable(
 ) -> Outputs:
     """Output of checked arguments, then what the backward pass reads."""
     geometry = _geometry(weights, stride, dilation)
-    primitives = common.primitives(backend, x.dtype)
+    primitives = primitives_for(backend, x.dtype)
     outputs = _empty_outputs(geometry, primitives, x, primitives.empty)
     channels = outputs[2].shape[-1]
     if outputs[1].numel():
-        outputs[1].copy_(common.as_rows(x, channels))
+        outputs[1].copy_(as_rows(x, x.dtype, channels))
     if not training:
         outputs[3].copy_(running_norms(running, channels))
     stored = _stored(x, outputs, gains)
@@ -81,7 +83,7 @@ def _separable(
 
 @_separable.register_fake
 def _(x, weights, gains, running, stride, dilation, backend, training):
-    primitives = common.primitives(backend, x.dtype)
+    primitives = primitives_for(backend, x.dtype)
     return _empty_outputs(
         _geometry(weights, stride, dilation),
         primitives,
@@ -105,15 +107,15 @@ def _separable_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weights (flat) and gains; empty where not in ``wants``."""
     geometry = _geometry(weights, stride, dilation)
-    primitives = common.primitives(backend, x.dtype)
+    primitives = primitives_for(backend, x.dtype)
     stored = _stored(x, outputs, gains)
     channels = stored.slots.shape[-1]
-    rows = common.as_rows(grad.to(x.dtype), channels)
+    rows = as_rows(grad, x.dtype, channels)
     out = primitives.empty(tuple(stored.x.shape), x, x.dtype) if wants[0] else None
     with torch.autocast(x.device.type, enabled=False):
         block = BlockPass(primitives, geometry, stored, weights, training, wants[1])
         of_gains = block.backward(rows, out)
-    grad_x = x.new_empty(0) if out is None else common.as_image(out, geometry.channels)
+    grad_x = as_image(out, x)
     if not wants[1]:
         return grad_x, weights[0].new_empty(0), weights[0].new_empty(0)
     flat = block.arrays.weights.gradient().to(weights[0].dtype)
@@ -123,11 +125,10 @@ def _separable_backward(
 
 @_separable_backward.register_fake
 def _(grad, x, weights, gains, outputs, stride, dilation, backend, training, wants):
-    image = x.new_empty((x.shape[0], *x.shape[2:], x.shape[1])).permute(0, 3, 1, 2)
     total = sum(weight.numel() for weight in weights)
     shape = (len(weights) // 2, 2, x.shape[1])
     return (
-        image if wants[0] else x.new_empty(0),
+        fake_image(x, wants[0]),
         weights[0].new_empty(total if wants[1] else 0),
         weights[0].new_empty(shape if wants[1] else (0,)),
     )
@@ -168,16 +169,11 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     return grad_x if want_x else None, of_weights, of_gains, *nothing
 
 
-def _no_double_backward(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError(
-        "sep_conv and dil_conv have no second derivative; use separable_reference to "
-        "differentiate their gradients"
-    )
-
-
 _separable.register_autograd(_backward, setup_context=_setup_context)
-_separable_backward.register_autograd(
-    _no_double_backward, setup_context=lambda ctx, inputs, output: None
+refuse_second_derivative(
+    _separable_backward,
+    "sep_conv and dil_conv have",
+    "use separable_reference to differentiate their gradients",
 )
 
 

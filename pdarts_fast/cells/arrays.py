@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pdarts_fast.cells.context import Stored
@@ -18,13 +17,6 @@ from pdarts_fast.kernels.weights import Weights
 
 Empty = Callable[[tuple[int, ...], Tensor, torch.dtype], Tensor]
 """Makes an uninitialised array: shape, a tensor on its device, dtype."""
-
-
-def rows(x: Tensor, dtype: torch.dtype, channels: int) -> Tensor:
-    """``[N, C, H, W]`` as contiguous ``[N, H, W, channels]``; no copy if it already is."""
-    found = x.detach().to(dtype).permute(0, 2, 3, 1)
-    missing = channels - x.shape[1]
-    return F.pad(found, (0, missing)) if missing else found.contiguous()
 
 
 def depths(plan: CellPlan, backend: Backend) -> list[int]:

@@ -63,11 +63,11 @@ def is_faster(cell: Any, s1: Tensor) -> bool:
         cell: A ``network.Cell``.
         s1: Its second input.
     """
-    from pdarts_fast.cells import derived
+    from pdarts_fast.kernels.rows import storage_dtype
 
     divisor = 2 if cell.reduction else 1
     height, width = (-(-side // divisor) for side in s1.shape[2:])
     elements = s1.shape[0] * height * width * cell.C
     # Under autocast torch's own bfloat16 kernels are the rival: not measured.
-    plain = derived.storage_dtype(s1) == torch.float32
+    plain = storage_dtype(s1) == torch.float32
     return plain and elements >= _LEAST_ELEMENTS[cell.training]

@@ -14,6 +14,7 @@ from pdarts_fast.cells import (
 )
 from pdarts_fast.kernels import moments
 from pdarts_fast.kernels.plan import FACTORIZED
+from pdarts_fast.kernels.rows import storage_dtype
 
 
 class Names:
@@ -76,13 +77,6 @@ def _names(cell: nn.Module) -> Names:
     if found is None or getattr(cell, "_is_replica", False) or not found.hold():
         found = cell.__dict__["fused_names"] = Names(cell)
     return found
-
-
-def storage_dtype(x: Tensor) -> torch.dtype:
-    """dtype of the arrays: that of autocast in its region; float16 is computed in float32."""
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def fits(cell: nn.Module, s0: Tensor, s1: Tensor) -> bool:

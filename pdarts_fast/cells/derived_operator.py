@@ -21,25 +21,19 @@ from pdarts_fast.cells.passes import CellForward
 from pdarts_fast.cells.passes_backward import CellBackward
 from pdarts_fast.cells.plan import CellPlan
 from pdarts_fast.cells.tables import Tables, tables
-from pdarts_fast.kernels import backends
-from pdarts_fast.kernels.cell_operator import backend_named
+from pdarts_fast.kernels.cell_operator import primitives_for
 from pdarts_fast.kernels.interface import Backend
-
-
-def _primitives(name: str, dtype: torch.dtype) -> Backend:
-    """The primitives of a backend; float64 goes through those of the reference."""
-    return backend_named(backends.REFERENCE if dtype == torch.float64 else name)
-
+from pdarts_fast.kernels.rows import (
+    as_image,
+    as_rows,
+    copy_shape,
+    fake_image,
+    refuse_second_derivative,
+)
 
 Outputs = tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]
-
-
-def _is_rows(x: Tensor, dtype: torch.dtype, channels: int) -> bool:
-    """Whether ``arrays.rows`` copies nothing."""
-    found = x.permute(0, 2, 3, 1)
-    return x.dtype == dtype and x.shape[1] == channels and found.is_contiguous()
 
 
 def _empty_outputs(
@@ -54,7 +48,7 @@ def _empty_outputs(
     """Arrays for the results of ``derived_forward``, uninitialised, from ``empty``."""
     batch, channels = s1.shape[0], backend.channels(plan.channels)
     copies = [
-        empty((0,) if _is_rows(s, dtype, depth) else (s.shape[0], *s.shape[2:], depth), s1, dtype)
+        empty(copy_shape(s, dtype, depth), s1, dtype)
         for s, depth in zip((s0, s1), arrays.depths(plan, backend), strict=True)
     ]
     *of_states, of_nodes = arrays.sizes(plan, s0, s1)
@@ -133,13 +127,13 @@ def derived_forward(
         masks: Factor of every operation behind drop-path and image, ``[operations, N]``; empty
             without drop-path.
     """
-    plan, primitives = from_key(key), _primitives(backend, dtype)
+    plan, primitives = from_key(key), primitives_for(backend, dtype)
     outputs = _empty_outputs(plan, primitives, s0, s1, dtype, training, primitives.empty)
     channels = primitives.channels(plan.channels)
     depths = arrays.depths(plan, primitives)
     for s, copy, depth in zip((s0, s1), outputs[1:3], depths, strict=True):
         if copy.numel():
-            copy.copy_(arrays.rows(s, dtype, depth))
+            copy.copy_(as_rows(s, dtype, depth))
     norms = (
         arrays.batch_norms(plan, channels, s1.device)
         if training
@@ -165,7 +159,7 @@ def derived_forward(
 
 @derived_forward.register_fake
 def _(s0, s1, weights, gains, running, masks, key, backend, training, dtype):
-    plan, primitives = from_key(key), _primitives(backend, dtype)
+    plan, primitives = from_key(key), primitives_for(backend, dtype)
     return _empty_outputs(plan, primitives, s0, s1, dtype, training, _fake_empty)
 
 
@@ -189,7 +183,7 @@ def derived_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of both inputs, the weights and the gains (flat); empty where not in ``wants``."""
     plan, dtype = from_key(key), outputs[3].dtype
-    primitives = _primitives(backend, dtype)
+    primitives = primitives_for(backend, dtype)
     stored = _stored(plan, s0, s1, outputs, gains)
     context, found = _pass(plan, masks, dtype, training)
     shared = arrays.primitives_arrays(
@@ -201,7 +195,7 @@ def derived_backward(
     of_nodes = arrays.node_gradients(plan, grad, stored.nodes, primitives.empty)
     with torch.autocast(s1.device.type, enabled=False):
         inputs = driver.run(of_nodes, (wants[0], wants[1]), wants[2])
-    grads = [_as_image(x, s) for x, s in zip(inputs, (s0, s1), strict=True)]
+    grads = [as_image(x, s) for x, s in zip(inputs, (s0, s1), strict=True)]
     nothing = gains[0].new_empty(0)
     flat, of_gains = nothing, nothing.clone()
     if wants[2]:
@@ -211,25 +205,10 @@ def derived_backward(
     return grads[0], grads[1], flat, of_gains
 
 
-def _as_image(rows: Tensor | None, like: Tensor) -> Tensor:
-    """The gradient of an input, ``[N, C, H, W]`` without padding; empty for None."""
-    if rows is None:
-        return like.new_empty(0)
-    image = rows.to(like.dtype).permute(0, 3, 1, 2)
-    if image.shape[1] == like.shape[1]:
-        return image
-    return image[:, : like.shape[1]].contiguous(memory_format=torch.channels_last)
-
-
 @derived_backward.register_fake
 def _(grad, s0, s1, gains, outputs, masks, key, backend, training, wants):
     plan = from_key(key)
-    inputs = [
-        s.new_empty((s.shape[0], *s.shape[2:], s.shape[1])).permute(0, 3, 1, 2)
-        if want
-        else s.new_empty(0)
-        for s, want in zip((s0, s1), wants[:2], strict=True)
-    ]
+    inputs = [fake_image(s, want) for s, want in zip((s0, s1), wants[:2], strict=True)]
     where = arrays.layout(plan, plan.channels, plan.in_channels)
     total = sum(rows * columns for rows, columns in where.shapes)
     flat = gains[0].new_empty(total if wants[2] else 0)
@@ -278,16 +257,11 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     )
 
 
-def _no_double_backward(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError(
-        "the fused derived cell has no second derivative; call network.use_backend('reference') "
-        "to differentiate its gradients"
-    )
-
-
 derived_forward.register_autograd(_backward, setup_context=_setup_context)
-derived_backward.register_autograd(
-    _no_double_backward, setup_context=lambda ctx, inputs, output: None
+refuse_second_derivative(
+    derived_backward,
+    "the fused derived cell has",
+    "call network.use_backend('reference') to differentiate its gradients",
 )
 
 

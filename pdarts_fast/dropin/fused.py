@@ -17,8 +17,9 @@ from pdarts_fast.cells.plan import CellPlan, Place
 from pdarts_fast.cells.tables import Tables, tables
 from pdarts_fast.dropin.modules import Modules
 from pdarts_fast.kernels import backends
-from pdarts_fast.kernels.cell import backend_named
+from pdarts_fast.kernels.cell_operator import primitives_for
 from pdarts_fast.kernels.interface import Arrays, Backend
+from pdarts_fast.kernels.rows import as_rows, storage_dtype
 from pdarts_fast.kernels.weights import Weights
 
 
@@ -69,7 +70,7 @@ def _allocate(call: _Call, s0: Tensor, s1: Tensor, gains: list[Tensor]) -> Store
     plan, backend, dtype = call.plan, call.backend, call.dtype
     channels = backend.channels(plan.channels)
     inputs = [
-        arrays.rows(s, dtype, depth)
+        as_rows(s, dtype, depth)
         for s, depth in zip((s0, s1), arrays.depths(plan, backend), strict=True)
     ]
     batch = s1.shape[0]
@@ -223,22 +224,6 @@ def _tensor_gradients(
     return grads + driver.grad_parameters
 
 
-def _storage_dtype(x: Tensor) -> torch.dtype:
-    """dtype of the arrays: that of autocast in its region; float16 is computed in float32."""
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
-def primitives(name: str, dtype: torch.dtype) -> Backend:
-    """The primitives of a backend; float64 goes through those of the reference."""
-    if dtype == torch.float64:
-        name = backends.REFERENCE
-    if name != backends.REFERENCE:
-        backends.load(name).register()
-    return backend_named(name)
-
-
 def run(
     plan: CellPlan,
     modules: Modules,
@@ -265,7 +250,9 @@ def run(
     Returns:
         ``[N, len(plan.concat) * C, H_out, W_out]``, channels-last in memory.
     """
-    dtype = _storage_dtype(s1)
+    dtype = storage_dtype(s1)
+    if backend != backends.REFERENCE:
+        backends.load(backend).register()
     weights = [module.weight for module in modules.convolutions]
     gains, parameters = modules.gains(), modules.parameters()
     tensors: list[Any] = [*weights, *gains, *parameters]
@@ -290,7 +277,7 @@ def run(
     call = _Call(
         context,
         tables(plan, frozenset(rates), context.drop_path > 0),
-        primitives(backend, dtype),
+        primitives_for(backend, dtype),
         modules,
         dtype,
         (len(weights), len(gains)),
