@@ -95,11 +95,10 @@ PDARTS_SHARED void finish_backward(const Task& t, const BackwardBranch* all) {
   }
 }
 
-// dy [pixels, C] = coef[0] * grad + coef[1] * y + coef[2], for pixels from `first` of the batch;
-// added to what is there if `add`.
+// dy [pixels, C] = coef[0] * grad + coef[1] * y + coef[2], for pixels from `first` of the batch.
 template <class T>
 PDARTS_INLINE void output_gradient(const Task& t, const Branch& b, int64_t first, int64_t pixels,
-                                   bool add, float* dy) {
+                                   float* dy) {
   const int64_t channels = t.channels;
   const T* g = static_cast<const T*>(b.grad) + first * b.grad_stride;
   const T* y = static_cast<const T*>(b.y) + first * channels;
@@ -107,10 +106,22 @@ PDARTS_INLINE void output_gradient(const Task& t, const Branch& b, int64_t first
     const Vec first = load(b.coef + c), second = load(b.coef + channels + c);
     const Vec third = load(b.coef + 2 * channels + c);
     for (int64_t p = 0; p < pixels; ++p) {
-      Vec v = first * load(g + p * b.grad_stride + c) + second * load(y + p * channels + c) + third;
-      float* o = dy + p * channels + c;
-      if (add) v += load(o);
-      store(o, v);
+      const Vec grad = load(g + p * b.grad_stride + c), of_y = load(y + p * channels + c);
+      store(dy + p * channels + c, first * grad + second * of_y + third);
+    }
+  }
+}
+
+// dy [pixels, C] += coef[0] * grad, for pixels from `first` of the batch.
+template <class T>
+PDARTS_INLINE void add_scaled_gradient(const Task& t, const Branch& b, int64_t first,
+                                       int64_t pixels, float* dy) {
+  const T* g = static_cast<const T*>(b.grad) + first * b.grad_stride;
+  for (int64_t c = 0; c < t.channels; c += V) {
+    const Vec factor = load(b.coef + c);
+    for (int64_t p = 0; p < pixels; ++p) {
+      float* o = dy + p * t.channels + c;
+      store(o, load(o) + factor * load(g + p * b.grad_stride + c));
     }
   }
 }
@@ -154,7 +165,7 @@ PDARTS_INLINE void pointwise_backward(const Task& t, const Branch& b, const Back
                                       const int32_t* places, float* dy, float* a) {
   const int64_t channels = t.channels, width = t.out_width, pixels = (end - begin) * width;
   const int64_t image = n * t.out_height * width;
-  output_gradient<T>(t, b, image + begin * width, pixels, false, dy);
+  output_gradient<T>(t, b, image + begin * width, pixels, dy);
   const GradientAhead ahead = end < t.out_height ? gradient_ahead<T>(t, b, image + end * width)
                                                  : gradient_ahead<T>(t, next, image);
   product_into_plane(dy, pixels, channels, packed.pointwise, places + begin * width, grad, ahead);

@@ -49,7 +49,7 @@ Sizes sizes_of(const Task& t) {
   s.raw = t.in_height * t.in_width * t.in_channels;
   s.pooled = out_pixels * t.channels;
   s.dy = chunk_pixels(t) * t.channels + kSlack;
-  s.a = chunk_pixels(t) * depth + kSlack;
+  s.a = max_of(chunk_pixels(t) * depth + kSlack, pool_line_floats(t));
   s.factors = dropout_floats(s.pooled) + t.channels + V;
   return s;
 }
@@ -111,7 +111,7 @@ void gathered_backward(const Task& t, const Branch& b, const BackwardBranch& pac
                        int64_t n, const T* image, int64_t begin, int64_t end, const Work& w) {
   const int64_t width = t.out_width, pixels = (end - begin) * width, cx = t.in_channels;
   const int64_t depth = product_depth(t, b);
-  output_gradient<T>(t, b, (n * t.out_height + begin) * width, pixels, false, w.dy);
+  output_gradient<T>(t, b, (n * t.out_height + begin) * width, pixels, w.dy);
   product(w.dy, t.channels, pixels, t.channels, packed.pointwise, depth,
           [&](int64_t p, int64_t block, Vec v) {
             store(w.a + p * depth + block * V, v);
@@ -135,20 +135,39 @@ void gathered_backward(const Task& t, const Branch& b, const BackwardBranch& pac
             packed.grad_pointwise + group * t.channels * depth);
 }
 
-// Adds all pools of one kind to w.raw: their gradients are summed first, one backward serves all.
+// w.pooled = sum of dy over all pools of one kind. They share their y, so it is read once. Returns
+// the first of them, null if there is none.
 template <class T>
-void pools_backward(const Task& t, int64_t kind, int64_t n, const T* image, const Work& w) {
-  const int64_t pixels = t.out_height * t.out_width;
+const Branch* pooled_gradient(const Task& t, int64_t kind, int64_t n, const Work& w) {
+  const int64_t pixels = t.out_height * t.out_width, channels = t.channels;
   const Branch* first = nullptr;
   for (int64_t i = 0; i < t.num_branches; ++i) {
     const Branch& b = t.branches[i];
     if (b.kind != kind) continue;
-    output_gradient<T>(t, b, n * pixels, pixels, first != nullptr, w.pooled);
+    if (first) {
+      add_scaled_gradient<T>(t, b, n * pixels, pixels, w.pooled);
+      continue;
+    }
     first = &b;
+    float* coef = w.a;
+    std::memcpy(coef, b.coef, static_cast<size_t>(3 * channels) * sizeof(float));
+    for (int64_t j = i + 1; j < t.num_branches; ++j)
+      if (t.branches[j].kind == kind)
+        for (int64_t c = channels; c < 3 * channels; ++c) coef[c] += t.branches[j].coef[c];
+    Branch together = b;
+    together.coef = coef;
+    output_gradient<T>(t, together, n * pixels, pixels, w.pooled);
   }
-  if (!first) return;
-  const T* y = static_cast<const T*>(first->y) + n * pixels * t.channels;
-  pool_backward(t, *first, image, y, w.pooled, w.raw);
+  return first;
+}
+
+// Adds all pools of one kind to w.raw: their gradients are summed first, one backward serves all.
+template <class T>
+void pools_backward(const Task& t, int64_t kind, int64_t n, const T* image, const Work& w) {
+  const Branch* b = pooled_gradient<T>(t, kind, n, w);
+  if (!b) return;
+  const T* y = static_cast<const T*>(b->y) + n * t.out_height * t.out_width * t.channels;
+  pool_backward(t, *b, image, y, w.pooled, w.a, w.raw);
 }
 
 // Adds scale * dropout(grad) of a skip to w.raw.

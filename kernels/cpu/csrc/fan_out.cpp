@@ -156,7 +156,8 @@ void run(const Task& t, bool second) {
   const int64_t height = second ? t.out_height : t.in_height;
   const int64_t width = second ? t.out_width : t.in_width;
   const int64_t pixels = height * width;
-  const int64_t a_floats = chunk_pixels(t) * max_depth(t) + kSlack;
+  const int64_t chunk_floats = chunk_pixels(t) * max_depth(t) + kSlack;
+  const int64_t a_floats = max_of(chunk_floats, pool_line_floats(t));
   bool any_conv = false;
   for (int64_t i = 0; i < t.num_branches; ++i) any_conv |= t.branches[i].kind == kConv;
 #pragma omp parallel num_threads(static_cast<int>(t.threads))

@@ -1,96 +1,200 @@
 // 3x3 pooling with padding 1 of one channels-last image, and its backward.
 //
-// All loops run tap by tap along a row: neighbouring windows overlap, and a window after window
-// order would wait for its own stores.
+// Windows overlap, so both poolings first combine rows into a line of one channel block, then its
+// columns; the maximum's backward keeps the columns of its window in registers as it moves.
 #pragma once
+
+#include <limits>
 
 #include "scratch.h"
 
 namespace pdarts {
 namespace PDARTS_VARIANT {
 
-// f(tap, pixel of the tap for column 0, first column, last column + 1) for every tap of the
-// windows of an output row that lies inside the image.
-template <class F>
-PDARTS_INLINE void for_each_tap(const Task& t, int64_t stride, int64_t row, F f) {
-  for (int64_t i = 0; i < 3; ++i) {
-    const int64_t h = row * stride + i - 1;
-    if (h < 0 || h >= t.in_height) continue;
-    for (int64_t j = 0; j < 3; ++j) {
-      const int64_t last = t.in_width < j ? 0 : (t.in_width - j) / stride + 1;
-      f(i * 3 + j, h * t.in_width + j - 1, j == 0 ? 1 : 0, min_of(last, t.out_width));
+// Room for a line: one channel block of a row with a pixel outside on either side.
+PDARTS_INLINE int64_t pool_line_floats(const Task& t) {
+  return (t.in_width + 2) * V;
+}
+
+// 1 / (pixels of the window around `centre` that lie inside [0, size)).
+PDARTS_INLINE float inverse_extent(int64_t centre, int64_t size) {
+  return 1.0f / static_cast<float>(1 + (centre > 0) + (centre + 1 < size));
+}
+
+// line [1 + in_width + 1][V] = maximum or sum of the rows around `centre`, a channel block of a row;
+// `outside` beyond its ends.
+template <bool kMax, class T>
+PDARTS_INLINE void combine_rows(const Task& t, const T* centre, bool above, bool below,
+                                float* line) {
+  const int64_t row = t.in_width * t.x_stride;
+  const Vec outside = broadcast(kMax ? -std::numeric_limits<float>::infinity() : 0.0f);
+  store(line, outside);
+  store(line + (t.in_width + 1) * V, outside);
+  for (int64_t w = 0; w < t.in_width; ++w) {
+    const T* x = centre + w * t.x_stride;
+    Vec v = load(x);
+    if (above) v = kMax ? maximum(load(x - row), v) : v + load(x - row);
+    if (below) v = kMax ? maximum(load(x + row), v) : v + load(x + row);
+    store(line + (w + 1) * V, v);
+  }
+}
+
+template <bool kMax, class T>
+PDARTS_INLINE void pool_row(const Task& t, int64_t stride, const T* image, int64_t row, float* line,
+                            T* out) {
+  const int64_t h = row * stride;
+  const float height = inverse_extent(h, t.in_height);
+  for (int64_t c = 0; c < t.channels; c += V) {
+    combine_rows<kMax>(t, image + h * t.in_width * t.x_stride + c, h > 0, h + 1 < t.in_height, line);
+    for (int64_t w = 0; w < t.out_width; ++w) {
+      const float* p = line + w * stride * V;
+      const Vec left = load(p), middle = load(p + V), right = load(p + 2 * V);
+      if constexpr (kMax)
+        store(out + w * t.channels + c, maximum(left, maximum(middle, right)));
+      else
+        store(out + w * t.channels + c,
+              (left + middle + right) * (height * inverse_extent(w * stride, t.in_width)));
     }
   }
 }
 
-// values [out_width] *= 1 / (pixels of the window inside the image).
-PDARTS_INLINE void divide_by_area(const Task& t, int64_t stride, int64_t row, float* values) {
-  const int64_t h = row * stride;
-  const int64_t height = min_of(h + 2, t.in_height) - (h > 0 ? h - 1 : 0);
-  for (int64_t column = 0; column < t.out_width; ++column, values += t.channels) {
-    const int64_t w = column * stride;
-    const int64_t width = min_of(w + 2, t.in_width) - (w > 0 ? w - 1 : 0);
-    const float inverse = 1.0f / static_cast<float>(height * width);
-    for (int64_t c = 0; c < t.channels; c += V) store(values + c, load(values + c) * inverse);
-  }
-}
-
-// y [out pixels, C] = rows [begin, end) of a kMaxPool or kAvgPool branch. `a` holds a row.
+// y [out pixels, C] = rows [begin, end) of a kMaxPool or kAvgPool branch. `line` has room for
+// `pool_line_floats`.
 template <class T>
 PDARTS_INLINE void pool_rows(const Task& t, const Branch& b, const T* image, int64_t begin,
-                             int64_t end, float* a, T* y) {
-  const int64_t channels = t.channels, step = b.stride * t.x_stride;
-  const bool is_max = b.kind == kMaxPool;
-  for (int64_t row = begin; row < end; ++row) {
-    // Every window has its centre: start there for a maximum, at zero for a sum.
-    const T* centre = image + row * b.stride * t.in_width * t.x_stride;
-    for (int64_t w = 0; w < t.out_width; ++w)
-      for (int64_t c = 0; c < channels; c += V)
-        store(a + w * channels + c, is_max ? load(centre + w * step + c) : Vec{});
-    for_each_tap(t, b.stride, row, [&](int64_t, int64_t pixel, int64_t first, int64_t last) {
-      for (int64_t w = first; w < last; ++w) {
-        const T* x = image + pixel * t.x_stride + w * step;
-        float* o = a + w * channels;
-        for (int64_t c = 0; c < channels; c += V) {
-          const Vec v = load(x + c), old = load(o + c);
-          store(o + c, is_max ? maximum(v, old) : old + v);
-        }
-      }
-    });
-    if (!is_max) divide_by_area(t, b.stride, row, a);
-    T* out = y + (row - begin) * t.out_width * channels;
-    for (int64_t i = 0; i < t.out_width * channels; i += V) store(out + i, load(a + i));
+                             int64_t end, float* line, T* y) {
+  for (int64_t row = begin; row < end; ++row, y += t.out_width * t.channels) {
+    if (b.kind == kMaxPool)
+      pool_row<true>(t, b.stride, image, row, line, y);
+    else
+      pool_row<false>(t, b.stride, image, row, line, y);
   }
 }
 
-// dx [in pixels, C] += gradient of the pool y for dy [out pixels, C], which is used up. The first
-// maximum of a window in row-major order takes all of it, as in torch.
+// line [1 + out_width + 1][V] = a channel block of the N rows of dy from `row` on, each divided by the
+// areas of its windows.
+template <int N>
+PDARTS_INLINE void combine_gradients(const Task& t, int64_t stride, const float* dy, int64_t row,
+                                     float* line) {
+  const int64_t step = t.out_width * t.channels;
+  Vec height[N];
+  PDARTS_UNROLL
+  for (int i = 0; i < N; ++i) height[i] = broadcast(inverse_extent((row + i) * stride, t.in_height));
+  dy += row * step;
+  for (int64_t w = 0; w < t.out_width; ++w) {
+    Vec sum = load(dy + w * t.channels) * height[0];
+    PDARTS_UNROLL
+    for (int i = 1; i < N; ++i) sum += load(dy + i * step + w * t.channels) * height[i];
+    store(line + (w + 1) * V, sum * inverse_extent(w * stride, t.in_width));
+  }
+}
+
+// dx [in pixels, C] += gradient of the average pool of stride S for dy [out pixels, C].
+template <int S>
+PDARTS_INLINE void average_backward(const Task& t, const float* dy, float* line, float* dx) {
+  store(line, Vec{});
+  store(line + (t.out_width + 1) * V, Vec{});
+  for (int64_t h = 0; h < t.in_height; ++h) {
+    // Rows of windows that row h is part of.
+    const int64_t first = h < 1 ? 0 : (h - 2 + S) / S;
+    const int64_t rows = min_of((h + 1) / S, t.out_height - 1) - first + 1;
+    for (int64_t c = 0; c < t.channels; c += V) {
+      if (rows == 1) combine_gradients<1>(t, S, dy + c, first, line);
+      if (rows == 2) combine_gradients<2>(t, S, dy + c, first, line);
+      if (rows == 3) combine_gradients<3>(t, S, dy + c, first, line);
+      for (int64_t w = 0; w < t.in_width; ++w) {
+        float* d = dx + (h * t.in_width + w) * t.channels + c;
+        // Of the first window that the pixel is part of.
+        const float* p = line + (S == 1 ? w : w / 2 + 1) * V;
+        Vec sum = load(d) + load(p);
+        if (S == 1) sum += load(p + V) + load(p + 2 * V);
+        if (S == 2 && w % 2) sum += load(p + V);
+        store(d, sum);
+      }
+    }
+  }
+}
+
+// One row of windows, a channel block: the first maximum in row-major order takes all, as in torch.
+template <int S, class T>
+PDARTS_INLINE void maximum_row_backward(const Task& t, const T* image, const T* y, const float* dy,
+                                        int64_t row, int64_t c, float* dx) {
+  const int64_t channels = t.channels, width = t.in_width;
+  // NaN is no maximum of anything, so pixels outside take no gradient.
+  const Vec outside = broadcast(std::numeric_limits<float>::quiet_NaN());
+  const auto inside = [&](int i) {
+    const int64_t h = row * S + i - 1;
+    return h >= 0 && h < t.in_height;
+  };
+  const auto pixel = [&](int i, int64_t column) { return (row * S + i - 1) * width + column; };
+  Vec x[3][3], d[3][3];
+  const auto enter = [&](int j, int64_t column) {
+    PDARTS_UNROLL
+    for (int i = 0; i < 3; ++i) {
+      const bool exists = inside(i) && column >= 0 && column < width;
+      x[i][j] = exists ? load(image + pixel(i, column) * t.x_stride + c) : outside;
+      d[i][j] = Vec{};
+    }
+  };
+  const auto leave = [&](int j, int64_t column) {
+    if (column < 0 || column >= width) return;
+    PDARTS_UNROLL
+    for (int i = 0; i < 3; ++i) {
+      if (!inside(i)) continue;
+      float* to = dx + pixel(i, column) * channels + c;
+      store(to, load(to) + d[i][j]);
+    }
+  };
+  PDARTS_UNROLL
+  for (int j = 0; j < 3 - S; ++j) enter(j, j - 1);
+  for (int64_t w = 0; w < t.out_width; ++w) {
+    PDARTS_UNROLL
+    for (int j = 3 - S; j < 3; ++j) enter(j, w * S + j - 1);
+    const Vec top = load(y + (row * t.out_width + w) * channels + c);
+    Vec rest = load(dy + (row * t.out_width + w) * channels + c);
+    PDARTS_UNROLL
+    for (int i = 0; i < 3; ++i) {
+      PDARTS_UNROLL
+      for (int j = 0; j < 3; ++j) {
+        const auto hit = x[i][j] == top;
+        d[i][j] += hit ? rest : Vec{};
+        rest = hit ? Vec{} : rest;
+      }
+    }
+    PDARTS_UNROLL
+    for (int j = 0; j < S; ++j) leave(j, w * S + j - 1);
+    PDARTS_UNROLL
+    for (int j = S; j < 3; ++j) {
+      PDARTS_UNROLL
+      for (int i = 0; i < 3; ++i) {
+        x[i][j - S] = x[i][j];
+        d[i][j - S] = d[i][j];
+      }
+    }
+  }
+  PDARTS_UNROLL
+  for (int j = 0; j < 3 - S; ++j) leave(j, t.out_width * S + j - 1);
+}
+
+template <int S, class T>
+PDARTS_INLINE void maximum_backward(const Task& t, const T* image, const T* y, const float* dy,
+                                    float* dx) {
+  for (int64_t row = 0; row < t.out_height; ++row)
+    for (int64_t c = 0; c < t.channels; c += V)
+      maximum_row_backward<S>(t, image, y, dy, row, c, dx);
+}
+
+// dx [in pixels, C] += gradient of the pool y for dy [out pixels, C]. `line` has room for
+// `pool_line_floats`.
 template <class T>
 PDARTS_INLINE void pool_backward(const Task& t, const Branch& b, const T* image, const T* y,
-                                 float* dy, float* dx) {
-  const int64_t channels = t.channels, step = b.stride;
-  for (int64_t row = 0; row < t.out_height; ++row) {
-    float* left = dy + row * t.out_width * channels;
-    const T* top = y + row * t.out_width * channels;
-    if (b.kind == kAvgPool) divide_by_area(t, b.stride, row, left);
-    for_each_tap(t, b.stride, row, [&](int64_t, int64_t pixel, int64_t first, int64_t last) {
-      for (int64_t w = first; w < last; ++w) {
-        float* d = dx + (pixel + w * step) * channels;
-        float* g = left + w * channels;
-        const T* x = image + (pixel + w * step) * t.x_stride;
-        for (int64_t c = 0; c < channels; c += V) {
-          const Vec rest = load(g + c);
-          if (b.kind == kAvgPool) {
-            store(d + c, load(d + c) + rest);
-            continue;
-          }
-          const auto hit = load(x + c) == load(top + w * channels + c);
-          store(d + c, load(d + c) + (hit ? rest : Vec{}));
-          store(g + c, hit ? Vec{} : rest);
-        }
-      }
-    });
-  }
+                                 const float* dy, float* line, float* dx) {
+  if (b.kind == kAvgPool)
+    b.stride == 1 ? average_backward<1>(t, dy, line, dx) : average_backward<2>(t, dy, line, dx);
+  else if (b.stride == 1)
+    maximum_backward<1>(t, image, y, dy, dx);
+  else
+    maximum_backward<2>(t, image, y, dy, dx);
 }
 
 }  // namespace PDARTS_VARIANT

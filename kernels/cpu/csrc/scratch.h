@@ -103,6 +103,8 @@ PDARTS_INLINE int64_t chunk_pixels(const Task& task) {
 
 PDARTS_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
+PDARTS_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
 // to [count] = from, which nobody needs soon: past the caches where that is possible.
 PDARTS_INLINE void write_out(float* to, const float* from, int64_t count) {
   if (reinterpret_cast<uintptr_t>(to) % (V * sizeof(float)) != 0) {
