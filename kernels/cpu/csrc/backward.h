@@ -13,6 +13,7 @@ struct BackwardBranch {
   float* depthwise;       // packed
   float* flipped;         // packed, turned by 180 degrees
   float* pointwise;       // W [C, depth], packed for dy W
+  float* expanded;        // W before packing where it is not the parameter
   float* grad_depthwise;  // [groups][C / V][taps][V]
   float* grad_pointwise;  // [groups][C, depth]
 };
@@ -29,6 +30,17 @@ PDARTS_INLINE int64_t tap_count(const Branch& b) {
   return b.kind == kConv ? b.kernel * b.kernel : 0;
 }
 
+// A group's part of the weight gradients.
+PDARTS_INLINE float* group_depthwise(const Task& t, const Branch& b, const BackwardBranch& packed,
+                                     int64_t group) {
+  return packed.grad_depthwise + group * t.channels * tap_count(b);
+}
+
+PDARTS_INLINE float* group_pointwise(const Task& t, const Branch& b, const BackwardBranch& packed,
+                                     int64_t group) {
+  return packed.grad_pointwise + group * t.channels * product_depth(t, b);
+}
+
 PDARTS_INLINE int64_t backward_bytes(const Task& t) {
   int64_t bytes = Scratch::bytes_for<BackwardBranch>(t.num_branches);
   for (int64_t i = 0; i < t.num_branches; ++i) {
@@ -42,12 +54,7 @@ PDARTS_INLINE int64_t backward_bytes(const Task& t) {
   return bytes;
 }
 
-PDARTS_INLINE float* zeros(Scratch& scratch, int64_t count) {
-  float* p = scratch.take<float>(count);
-  std::memset(p, 0, static_cast<size_t>(count) * sizeof(float));
-  return p;
-}
-
+// Room for what `pack_backward` and the groups write.
 PDARTS_SHARED BackwardBranch* prepare_backward(const Task& t, Scratch& scratch) {
   scratch.reset(backward_bytes(t));
   BackwardBranch* all = scratch.take<BackwardBranch>(t.num_branches);
@@ -55,43 +62,73 @@ PDARTS_SHARED BackwardBranch* prepare_backward(const Task& t, Scratch& scratch) 
     const Branch& b = t.branches[i];
     all[i] = BackwardBranch{};
     if (!has_weights(b)) continue;
-    const int64_t taps = tap_count(b), depth = product_depth(t, b), channels = t.channels;
-    all[i].pointwise = scratch.take<float>(channels * depth);
-    const float* dense = b.pointwise;
-    if (b.kind != kConv) {
-      float* expanded = scratch.take<float>(channels * depth);
-      expand_weights(t, b, expanded);
-      dense = expanded;
-    }
-    pack_panels(dense, depth, 1, channels, depth, all[i].pointwise);
-    if (b.grad_pointwise) all[i].grad_pointwise = zeros(scratch, t.groups * channels * depth);
+    const int64_t taps = t.channels * tap_count(b), weights = t.channels * product_depth(t, b);
+    all[i].pointwise = scratch.take<float>(weights);
+    if (b.kind == kFactorized) all[i].expanded = scratch.take<float>(weights);
+    if (b.grad_pointwise) all[i].grad_pointwise = scratch.take<float>(t.groups * weights);
     if (b.kind != kConv) continue;
-    all[i].depthwise = scratch.take<float>(channels * taps);
-    pack_depthwise(b.depthwise, channels, taps, false, all[i].depthwise);
-    all[i].flipped = scratch.take<float>(channels * taps);
-    pack_depthwise(b.depthwise, channels, taps, true, all[i].flipped);
-    if (b.grad_depthwise) all[i].grad_depthwise = zeros(scratch, t.groups * channels * taps);
+    all[i].depthwise = scratch.take<float>(taps);
+    all[i].flipped = scratch.take<float>(taps);
+    if (b.grad_depthwise) all[i].grad_depthwise = scratch.take<float>(t.groups * taps);
   }
   return all;
 }
 
-// Weight gradients of every branch from the groups' partial ones.
-PDARTS_SHARED void finish_backward(const Task& t, const BackwardBranch* all) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(static_cast<int>(t.threads))
+// Packs the weights of every branch: all threads of a team call it and leave it together.
+PDARTS_SHARED void pack_backward(const Task& t, const BackwardBranch* all) {
+#pragma omp for schedule(dynamic, 1)
   for (int64_t i = 0; i < t.num_branches; ++i) {
     const Branch& b = t.branches[i];
-    const int64_t taps = tap_count(b);
-    if (all[i].grad_pointwise)
-      sum_groups(all[i].grad_pointwise, t.groups, t.channels * product_depth(t, b),
-                 [&](int64_t j, float v) {
-                   const int64_t to = b.kind == kConv ? j : weight_index(t, b, j);
-                   if (to >= 0) b.grad_pointwise[to] = v;
-                 });
+    if (!has_weights(b)) continue;
+    const int64_t taps = tap_count(b), depth = product_depth(t, b);
+    if (b.kind == kFactorized) expand_weights(t, b, all[i].expanded);
+    pack_panels(b.kind == kFactorized ? all[i].expanded : b.pointwise, depth, 1, t.channels, depth,
+                all[i].pointwise);
+    if (b.kind != kConv) continue;
+    pack_depthwise(b.depthwise, t.channels, taps, false, all[i].depthwise);
+    pack_depthwise(b.depthwise, t.channels, taps, true, all[i].flipped);
+  }
+}
+
+// Sets a group's weight gradients to zero.
+PDARTS_SHARED void begin_group(const Task& t, const BackwardBranch* all, int64_t group) {
+  for (int64_t i = 0; i < t.num_branches; ++i) {
+    const size_t taps = static_cast<size_t>(t.channels * tap_count(t.branches[i]));
     if (all[i].grad_depthwise)
-      sum_groups(all[i].grad_depthwise, t.groups, t.channels * taps, [&](int64_t j, float v) {
-        const int64_t c = j / (taps * V) * V + j % V;
-        b.grad_depthwise[c * taps + j / V % taps] = v;
-      });
+      std::memset(group_depthwise(t, t.branches[i], all[i], group), 0, taps * sizeof(float));
+    if (!all[i].grad_pointwise) continue;
+    const size_t weights = static_cast<size_t>(t.channels * product_depth(t, t.branches[i]));
+    std::memset(group_pointwise(t, t.branches[i], all[i], group), 0, weights * sizeof(float));
+  }
+}
+
+// Gradient of the depthwise weights from the groups' partial ones.
+PDARTS_INLINE void finish_depthwise(const Task& t, const Branch& b, const float* part) {
+  const int64_t taps = tap_count(b);
+  for (int64_t c = 0; c < t.channels; c += V)
+    sum_groups(part + c * taps, t.groups, t.channels * taps, taps * V, [&](int64_t j, float v) {
+      b.grad_depthwise[(c + j % V) * taps + j / V] = v;
+    });
+}
+
+// Gradient of the pointwise weights from the groups' partial ones.
+PDARTS_INLINE void finish_pointwise(const Task& t, const Branch& b, const float* part) {
+  const int64_t all = t.channels * product_depth(t, b);
+  if (b.kind != kFactorized) {
+    sum_groups(part, t.groups, all, all, [&](int64_t j, float v) { b.grad_pointwise[j] = v; });
+    return;
+  }
+  for (int64_t row = 0; row < t.channels; ++row)
+    sum_groups(part + factorized_place(t, row), t.groups, all, t.in_channels,
+               [&](int64_t j, float v) { b.grad_pointwise[row * t.in_channels + j] = v; });
+}
+
+// Weight gradients of every branch: all threads of a team call it.
+PDARTS_SHARED void finish_backward(const Task& t, const BackwardBranch* all) {
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t i = 0; i < t.num_branches; ++i) {
+    if (all[i].grad_pointwise) finish_pointwise(t, t.branches[i], all[i].grad_pointwise);
+    if (all[i].grad_depthwise) finish_depthwise(t, t.branches[i], all[i].grad_depthwise);
   }
 }
 
@@ -171,15 +208,14 @@ PDARTS_INLINE void pointwise_backward(const Task& t, const Branch& b, const Back
   product_into_plane(dy, pixels, channels, packed.pointwise, places + begin * width, grad, ahead);
   if (!packed.grad_pointwise) return;
   depthwise_chunk(b, src, packed.depthwise, channels, begin, end, width, a);
-  add_outer(dy, channels, a, channels, pixels,
-            packed.grad_pointwise + group * channels * channels);
+  add_outer(dy, channels, a, channels, pixels, group_pointwise(t, b, packed, group));
 }
 
 // Gradient of the depthwise weights of one image.
 PDARTS_SHARED void weights_backward(const Task& t, const Branch& b, const BackwardBranch& packed,
                                     int64_t group, const Plane& src, const Plane& grad) {
   if (!packed.grad_depthwise) return;
-  float* out = packed.grad_depthwise + group * t.channels * b.kernel * b.kernel;
+  float* out = group_depthwise(t, b, packed, group);
   with_kernel(b, [&](auto k, auto d, auto s) {
     depthwise_weights<k.value, d.value, s.value>(grad, src, b.padding, t.channels / V,
                                                  4 * rows_per_chunk(t), out);

@@ -73,7 +73,8 @@ Work make_work(const Task& t, const Sizes& s, Scratch& local) {
   w.pooled = local.take<float>(s.pooled);
   w.dy = local.take<float>(s.dy);
   w.a = local.take<float>(s.a);
-  w.factors = zeros(local, s.factors);
+  w.factors = local.take<float>(s.factors);
+  std::memset(w.factors, 0, static_cast<size_t>(s.factors) * sizeof(float));
   return w;
 }
 
@@ -132,7 +133,7 @@ void gathered_backward(const Task& t, const Branch& b, const BackwardBranch& pac
   if (!packed.grad_pointwise) return;
   gather(t, b, image, begin, end, w.a);
   add_outer(w.dy, t.channels, w.a, depth, pixels,
-            packed.grad_pointwise + group * t.channels * depth);
+            group_pointwise(t, b, packed, group));
 }
 
 // w.pooled = sum of dy over all pools of one kind. They share their y, so it is read once. Returns
@@ -247,14 +248,16 @@ void run(const Task& t) {
 #pragma omp parallel num_threads(static_cast<int>(t.threads))
   {
     const Work work = make_work(t, sizes, local_scratch);
+    pack_backward(t, packed);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t group = 0; group < t.groups; ++group) {
+      begin_group(t, packed, group);
       const Range range = group_range(t, group);
       for (int64_t n = range.begin; n < range.end; ++n)
         image_backward<T>(t, sizes, packed, group, n, work);
     }
+    finish_backward(t, packed);
   }
-  finish_backward(t, packed);
 }
 
 }  // namespace

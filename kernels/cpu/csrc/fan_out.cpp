@@ -20,6 +20,7 @@ thread_local Scratch shared_scratch, local_scratch;
 struct Packed {
   float* depthwise;
   float* pointwise;
+  float* expanded;  // the pointwise weights before packing where they are not the parameter
   double* moments;  // [groups, 2, C]
 };
 
@@ -29,26 +30,36 @@ int64_t depth_of(const Task& t, const Branch& b) {
 
 bool has_product(const Branch& b) { return b.kind != kMaxPool && b.kind != kAvgPool; }
 
-// Packs the weights of every branch and makes room for the partial statistics.
-void prepare(const Task& t, Packed* packed, Scratch& scratch) {
+// Makes room for the partial statistics and the packed weights of every branch.
+Packed* prepare(const Task& t, Scratch& scratch) {
+  Packed* packed = scratch.take<Packed>(t.num_branches);
   for (int64_t i = 0; i < t.num_branches; ++i) {
     const Branch& b = t.branches[i];
     Packed& p = packed[i];
+    p = Packed{};
     p.moments = scratch.take<double>(t.groups * 2 * t.channels);
+    if (!has_product(b)) continue;
+    p.pointwise = scratch.take<float>(depth_of(t, b) * t.channels);
+    if (b.kind == kFactorized) p.expanded = scratch.take<float>(depth_of(t, b) * t.channels);
+    if (b.kind == kConv) p.depthwise = scratch.take<float>(t.channels * b.kernel * b.kernel);
+  }
+  return packed;
+}
+
+// Packs the weights of every branch: all threads of a team call it and leave it together.
+void pack(const Task& t, const Packed* packed) {
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t i = 0; i < t.num_branches; ++i) {
+    const Branch& b = t.branches[i];
+    const Packed& p = packed[i];
     std::memset(p.moments, 0, static_cast<size_t>(t.groups * 2 * t.channels) * sizeof(double));
     if (!has_product(b)) continue;
     const int64_t depth = depth_of(t, b);
-    p.pointwise = scratch.take<float>(depth * t.channels);
-    if (b.kind != kConv) {
-      float* dense = scratch.take<float>(depth * t.channels);
-      expand_weights(t, b, dense);
-      pack_panels(dense, 1, depth, depth, t.channels, p.pointwise);
-      continue;
-    }
-    pack_panels(b.pointwise, 1, depth, depth, t.channels, p.pointwise);
-    const int64_t taps = b.kernel * b.kernel;
-    p.depthwise = scratch.take<float>(t.channels * taps);
-    pack_depthwise(b.depthwise, t.channels, taps, false, p.depthwise);
+    if (b.kind == kFactorized) expand_weights(t, b, p.expanded);
+    pack_panels(b.kind == kFactorized ? p.expanded : b.pointwise, 1, depth, depth, t.channels,
+                p.pointwise);
+    if (b.kind == kConv)
+      pack_depthwise(b.depthwise, t.channels, b.kernel * b.kernel, false, p.depthwise);
   }
 }
 
@@ -150,8 +161,7 @@ template <class T>
 void run(const Task& t, bool second) {
   Scratch& shared = shared_scratch;
   shared.reset(shared_bytes(t));
-  Packed* packed = shared.take<Packed>(t.num_branches);
-  prepare(t, packed, shared);
+  const Packed* packed = prepare(t, shared);
   const int64_t blocks = t.channels / V, padding = max_padding(t);
   const int64_t height = second ? t.out_height : t.in_height;
   const int64_t width = second ? t.out_width : t.in_width;
@@ -170,6 +180,7 @@ void run(const Task& t, bool second) {
         any_conv ? Plane::make(local, height, width, padding, blocks) : Plane{};
     float* a = local.take<float>(a_floats);
     T* fresh = local.take<T>(chunk_pixels(t) * t.channels);
+    pack(t, packed);
 #pragma omp for schedule(dynamic, 1) nowait
     for (int64_t g = 0; g < t.groups; ++g) {
       const Range range = group_range(t, g);

@@ -18,22 +18,19 @@ PDARTS_INLINE int64_t gather_depth(const Task& t, const Branch& b) {
   return b.kind == kFactorized ? 2 * t.in_channels : t.in_channels;
 }
 
-// The weights of a kPointwise or kFactorized branch as one matrix [C, depth]: a factorized reduce
-// has zeros where a row does not read a phase.
-PDARTS_INLINE void expand_weights(const Task& t, const Branch& b, float* dense) {
-  const int64_t cx = t.in_channels, depth = gather_depth(t, b), split = t.real_channels / 2;
-  for (int64_t row = 0; row < t.channels; ++row)
-    for (int64_t k = 0; k < depth; ++k) {
-      const bool reads = depth == cx || (k >= cx) == (row >= split);
-      dense[row * depth + k] = reads ? b.pointwise[row * cx + k % cx] : 0.0f;
-    }
+// Where row `row` of a factorized reduce's weights lies in a matrix [C, 2 Cx] with zeros for the
+// phase that it does not read.
+PDARTS_INLINE int64_t factorized_place(const Task& t, int64_t row) {
+  return (2 * row + (row >= t.real_channels / 2)) * t.in_channels;
 }
 
-// Element j of the dense matrix's gradient back to where the weight lies; -1 for a zero.
-PDARTS_INLINE int64_t weight_index(const Task& t, const Branch& b, int64_t j) {
-  if (b.kind != kFactorized) return j;
-  const int64_t cx = t.in_channels, row = j / (2 * cx), k = j % (2 * cx);
-  return (k >= cx) == (row >= t.real_channels / 2) ? row * cx + k % cx : -1;
+// The weights of a kFactorized branch as such a matrix.
+PDARTS_INLINE void expand_weights(const Task& t, const Branch& b, float* dense) {
+  const int64_t cx = t.in_channels;
+  std::memset(dense, 0, static_cast<size_t>(2 * cx * t.channels) * sizeof(float));
+  for (int64_t row = 0; row < t.channels; ++row)
+    std::memcpy(dense + factorized_place(t, row), b.pointwise + row * cx,
+                static_cast<size_t>(cx) * sizeof(float));
 }
 
 // a [rows * out_width, depth] = relu(x) of output rows [begin, end) of an image.

@@ -105,8 +105,10 @@ void run(const Task& t) {
     pixel_places(grad, places);
     float* dy = local.take<float>(chunk_floats);
     float* a = local.take<float>(chunk_floats);
+    pack_backward(t, packed);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t group = 0; group < t.groups; ++group) {
+      begin_group(t, packed, group);
       const Range range = group_range(t, group);
       for (int64_t n = range.begin; n < range.end; ++n)
         for (int64_t i = 0; i < t.num_branches; ++i)
@@ -114,6 +116,7 @@ void run(const Task& t) {
                             dy, a,
                             partial + group * columns + i * 2 * channels);
     }
+    finish_backward(t, packed);
   }
   for (int64_t i = 0; i < t.num_branches; ++i)
     for (int64_t c = 0; c < 2 * channels; ++c) {
@@ -121,7 +124,6 @@ void run(const Task& t) {
       for (int64_t g = 0; g < t.groups; ++g) sum += partial[g * columns + i * 2 * channels + c];
       t.branches[i].sums[c] = sum;
     }
-  finish_backward(t, packed);
 }
 
 }  // namespace

@@ -68,15 +68,17 @@ PDARTS_INLINE void add_sums(double* total, const float* chunk, int64_t count) {
   for (int64_t c = 0; c < count; ++c) total[c] += static_cast<double>(chunk[c]);
 }
 
-// out[i] = sum over groups of part[group][i], in double and in the order of the groups.
+// out(i, sum over groups of part[group * stride + i]) for i < count, in double and in the order of the
+// groups.
 template <class Out>
-PDARTS_INLINE void sum_groups(const float* part, int64_t groups, int64_t count, Out out) {
+PDARTS_INLINE void sum_groups(const float* part, int64_t groups, int64_t stride, int64_t count,
+                              Out out) {
   constexpr int64_t kBlock = 256;
   double total[kBlock];
   for (int64_t begin = 0; begin < count; begin += kBlock) {
     const int64_t size = min_of(kBlock, count - begin);
     for (int64_t i = 0; i < size; ++i) total[i] = 0.0;
-    for (int64_t g = 0; g < groups; ++g) add_sums(total, part + g * count + begin, size);
+    for (int64_t g = 0; g < groups; ++g) add_sums(total, part + g * stride + begin, size);
     for (int64_t i = 0; i < size; ++i) out(begin + i, static_cast<float>(total[i]));
   }
 }
