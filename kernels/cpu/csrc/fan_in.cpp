@@ -196,6 +196,7 @@ void write_image(const Task& t, const Sizes& s, int64_t n, const T* image, const
   T* out = static_cast<T*>(t.out) + n * pixels * t.out_stride;
   const T* incoming = static_cast<const T*>(t.incoming);
   if (incoming) incoming += n * pixels * t.incoming_stride;
+  const bool past = can_stream(out);
   for (int64_t row = 0, p = 0; row < t.in_height; ++row)
     for (int64_t column = 0; column < t.in_width; ++column, ++p)
       for (int64_t c = 0; c < cx; c += V) {
@@ -203,7 +204,8 @@ void write_image(const Task& t, const Sizes& s, int64_t n, const T* image, const
         if (s.conv)
           v += masked(load(w.dx.at(c / V, row, column)), load(image + p * t.x_stride + c));
         if (incoming) v += load(incoming + p * t.incoming_stride + c);
-        store(out + p * t.out_stride + c, v);
+        T* o = out + p * t.out_stride + c;
+        past ? stream(o, v) : store(o, v);
       }
 }
 
@@ -256,6 +258,7 @@ void run(const Task& t) {
       for (int64_t n = range.begin; n < range.end; ++n)
         image_backward<T>(t, sizes, packed, group, n, work);
     }
+    end_streams();
     finish_backward(t, packed);
   }
 }

@@ -25,6 +25,7 @@ void input_gradient(const Task& t, const Branch& b, const BackwardBranch& packed
   T* out = static_cast<T*>(b.grad_input) + (n * t.out_height + begin) * width * channels;
   // The stride of a second half is 1, so its transposed convolution is one with turned kernels.
   depthwise_chunk(b, grad, packed.flipped, channels, begin, end, width, a);
+  const bool past = can_stream(out);
   for (int64_t block = 0; block < blocks; ++block) {
     int64_t at = block * V;
     // Pixels alternate between chains of sums: a chain waits for its last addition.
@@ -33,9 +34,9 @@ void input_gradient(const Task& t, const Branch& b, const BackwardBranch& packed
     const auto add = [&](int64_t row, int64_t column, int chain) {
       const Vec forward = load(v.at(block, row, column));
       ahead.ask(row * width + column, block);
-      store(out + at, masked(load(a + at), forward));
       // Sums are of what is stored, so that means cancel exactly in the first half.
-      const Vec dv = load(out + at);
+      const Vec dv = as_stored<T>(masked(load(a + at), forward));
+      past ? stream(out + at, dv) : store(out + at, dv);
       sum[chain] += dv;
       product[chain] += dv * forward;
       at += channels;
@@ -116,6 +117,7 @@ void run(const Task& t) {
                             dy, a,
                             partial + group * columns + i * 2 * channels);
     }
+    end_streams();
     finish_backward(t, packed);
   }
   for (int64_t i = 0; i < t.num_branches; ++i)

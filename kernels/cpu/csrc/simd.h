@@ -51,6 +51,15 @@ PDARTS_INLINE void store(BFloat* p, Vec v) {
   *reinterpret_cast<UnalignedHalf*>(p) = __builtin_convertvector(w >> 16, Half);
 }
 
+// What load gives back after store.
+template <class T>
+PDARTS_INLINE Vec as_stored(Vec v) {
+  if constexpr (sizeof(T) == sizeof(float)) return v;
+  T kept[V];
+  store(kept, v);
+  return load(kept);
+}
+
 // The value in a register: otherwise the compiler may load it anew for every use, and a load for
 // every multiply-add is as many as the processor can do.
 PDARTS_INLINE Vec in_register(Vec v) {
@@ -91,6 +100,14 @@ PDARTS_INLINE void stream(float* p, Vec v) {
 #else
   store(p, v);
 #endif
+}
+
+// bfloat16 rows are half a line: they go through the caches.
+PDARTS_INLINE void stream(BFloat* p, Vec v) { store(p, v); }
+
+// Whether `stream` may write from p on, and at whole vectors from there.
+PDARTS_INLINE bool can_stream(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % (V * sizeof(float)) == 0;
 }
 
 PDARTS_INLINE void end_streams() {
