@@ -166,6 +166,11 @@ PDARTS_INLINE void add_scaled_gradient(const Task& t, const Branch& b, int64_t f
 // What output_gradient reads next.
 struct GradientAhead {
   Ahead grad, y;
+
+  PDARTS_INLINE_METHOD void ask(int64_t pixel, int64_t block) const {
+    grad.ask(pixel, block);
+    y.ask(pixel, block);
+  }
 };
 
 template <class T>
@@ -180,8 +185,7 @@ PDARTS_SHARED void product_into_plane(const float* dy, int64_t pixels, int64_t c
                                       const Plane& grad, const GradientAhead& ahead) {
   product(dy, channels, pixels, channels, pointwise, channels,
           [&](int64_t p, int64_t block, Vec v) {
-            ahead.grad.ask(p, block);
-            ahead.y.ask(p, block);
+            ahead.ask(p, block);
             store(grad.data + block * grad.plane + places[p], v);
           });
 }

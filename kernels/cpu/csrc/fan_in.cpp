@@ -32,6 +32,7 @@ struct Sizes {
   int64_t x, grad, raw, pooled, dy, a, factors;
   int64_t padding;
   bool conv;
+  bool lone;  // a 1x1 convolution and nothing else
 };
 
 Sizes sizes_of(const Task& t) {
@@ -46,8 +47,9 @@ Sizes sizes_of(const Task& t) {
   const int64_t blocks = t.channels / V, out_pixels = t.out_height * t.out_width;
   if (s.conv) s.x = Plane::floats(t.in_height, t.in_width, s.padding, blocks);
   if (s.conv) s.grad = Plane::floats(t.out_height, t.out_width, s.padding, blocks);
-  s.raw = t.in_height * t.in_width * t.in_channels;
-  s.pooled = out_pixels * t.channels;
+  s.lone = t.num_branches == 1 && t.branches[0].kind == kPointwise && !t.incoming;
+  s.raw = s.lone ? 0 : t.in_height * t.in_width * t.in_channels;
+  s.pooled = s.lone ? 0 : out_pixels * t.channels;
   s.dy = chunk_pixels(t) * t.channels + kSlack;
   s.a = max_of(chunk_pixels(t) * depth + kSlack, pool_line_floats(t));
   s.factors = dropout_floats(s.pooled) + t.channels + V;
@@ -106,6 +108,16 @@ void conv_backward(const Task& t, const Branch& b, const BackwardBranch& packed,
   weights_backward(t, b, packed, group, w.x, w.grad);
 }
 
+// Gradient of the weights of a 1x1 convolution or factorized reduce; w.dy holds its dy.
+template <class T>
+void gathered_weights(const Task& t, const Branch& b, const BackwardBranch& packed, int64_t group,
+                      const T* image, int64_t begin, int64_t end, const Work& w) {
+  if (!packed.grad_pointwise) return;
+  gather(t, b, image, begin, end, w.a);
+  add_outer(w.dy, t.channels, w.a, product_depth(t, b), (end - begin) * t.out_width,
+            group_pointwise(t, b, packed, group));
+}
+
 // Adds a 1x1 convolution or factorized reduce of relu(x), output rows [begin, end), to w.raw.
 template <class T>
 void gathered_backward(const Task& t, const Branch& b, const BackwardBranch& packed, int64_t group,
@@ -130,10 +142,36 @@ void gathered_backward(const Task& t, const Branch& b, const BackwardBranch& pac
           store(o, load(o) + masked(load(a + c), load(image + pixel * t.x_stride + c)));
         }
       }
-  if (!packed.grad_pointwise) return;
-  gather(t, b, image, begin, end, w.a);
-  add_outer(w.dy, t.channels, w.a, depth, pixels,
-            group_pointwise(t, b, packed, group));
+  gathered_weights(t, b, packed, group, image, begin, end, w);
+}
+
+// Image n where a 1x1 convolution is all there is, as in front of a cell: no sum to keep.
+template <class T>
+void pointwise_image(const Task& t, const BackwardBranch& packed, int64_t group, int64_t n,
+                     const T* image, const Work& w) {
+  const Branch& b = t.branches[0];
+  const int64_t width = t.out_width, rows = rows_per_chunk(t), cx = t.in_channels;
+  for (int64_t begin = 0; begin < t.out_height; begin += rows) {
+    const int64_t end = min_of(t.out_height, begin + rows), pixels = (end - begin) * width;
+    const int64_t first = n * t.out_height * width + begin * width;
+    output_gradient<T>(t, b, first, pixels, w.dy);
+    if (t.out) {
+      const T* x = image + begin * width * t.x_stride;
+      T* out = static_cast<T*>(t.out) + first * t.out_stride;
+      const bool past = can_stream(out);
+      const Ahead next_x = Ahead::of(x + pixels * t.x_stride, t.x_stride);
+      const GradientAhead next = gradient_ahead<T>(t, b, first + pixels);
+      product(w.dy, t.channels, pixels, t.channels, packed.pointwise, cx,
+              [&](int64_t p, int64_t block, Vec v) {
+                next_x.ask(p, block);
+                if (block < t.channels / V) next.ask(p, block);
+                const Vec dx = masked(v, load(x + p * t.x_stride + block * V));
+                T* o = out + p * t.out_stride + block * V;
+                past ? stream(o, dx) : store(o, dx);
+              });
+    }
+    gathered_weights(t, b, packed, group, image, begin, end, w);
+  }
 }
 
 // w.pooled = sum of dy over all pools of one kind. They share their y, so it is read once. Returns
@@ -220,6 +258,7 @@ template <class T>
 void image_backward(const Task& t, const Sizes& s, const BackwardBranch* packed, int64_t group,
                     int64_t n, const Work& w) {
   const T* image = static_cast<const T*>(t.x) + n * t.in_height * t.in_width * t.x_stride;
+  if (s.lone) return pointwise_image(t, packed[0], group, n, image, w);
   if (s.conv) {
     fill(w.x, t.channels / V, [&](int64_t p, int64_t block) {
       return relu(load(image + p * t.x_stride + block * V));
