@@ -106,9 +106,14 @@ void branch_rows(const Task& t, const Branch& b, const Packed& packed, const Pla
     } else {
       gather(t, b, image, begin, end, a);
     }
+    // A 1x1 convolution reads the pixels that follow, of which it has depth / C lines each.
+    const bool follows = b.kind == kPointwise;
+    const int64_t lines = follows ? max_of(depth / channels, 1) : 1;
+    const Ahead next = follows ? Ahead::of(image + end * width * t.x_stride, t.x_stride)
+                               : ahead.from(begin * width);
     product(a, depth, pixels, depth, packed.pointwise, channels,
             [&](int64_t p, int64_t block, Vec v) {
-              ahead.ask(begin * width + p, block);
+              for (int64_t line = 0; line < lines; ++line) next.ask(p, block * lines + line);
               store(fresh + p * channels + block * V, v);
             });
   }

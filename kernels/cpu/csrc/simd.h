@@ -129,6 +129,10 @@ struct Ahead {
     return {reinterpret_cast<const char*>(first), stride * size, V * size};
   }
 
+  Ahead from(int64_t pixel) const {
+    return {data + pixel * pixel_bytes, pixel_bytes, block_bytes};
+  }
+
   PDARTS_INLINE_METHOD void ask(int64_t pixel, int64_t block) const {
     __builtin_prefetch(data + pixel * pixel_bytes + block * block_bytes);
   }
