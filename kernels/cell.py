@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from . import plan as plans
-from .cell_operator import backend_named, primitive_by_primitive, register_backend
+from .cell_operator import (
+    backend_named,
+    primitive_by_primitive,
+    register_backend,
+    update_running,
+)
 from .rows import storage_dtype
 
 __all__ = [
@@ -99,5 +104,8 @@ def run(backend: str, cell: nn.Module, s0: Tensor, s1: Tensor, weights: Tensor) 
     if cell.training:
         batches = [norm.num_batches_tracked for norm in names.norms]
         counts = [out.shape[0] * out.shape[2] * out.shape[3], s1[:, 0].numel()]
-        torch.ops.pdarts_fast.update_running(running, batches, batch_moments, names.key, counts)
+        traced = torch.compiler.is_compiling()
+        update = torch.ops.pdarts_fast.update_running if traced else update_running
+        with torch.no_grad():
+            update(running, batches, batch_moments, names.key, counts)
     return out

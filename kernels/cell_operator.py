@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors as unflatten
 
 from . import moments
 from . import plan as plans
@@ -307,11 +308,8 @@ def _backward(ctx, grad, *_):
     )
     grads: list[Tensor | None] = [None] * len(weights)
     if wants[3]:
-        parts = flat.split([weight.numel() for weight in weights])
-        grads = [
-            part.view(weight.shape) if want else None
-            for part, weight, want in zip(parts, weights, want_weights, strict=True)
-        ]
+        parts = unflatten(flat, weights)
+        grads = [part if want else None for part, want in zip(parts, want_weights, strict=True)]
     return (
         grad0 if want0 else None,
         grad1 if want1 else None,
@@ -330,7 +328,6 @@ refuse_second_derivative(
 )
 
 
-@torch.library.custom_op("pdarts_fast::update_running", mutates_args=("running", "batches"))
 def update_running(
     running: list[Tensor], batches: list[Tensor], stats: Tensor, key: str, counts: list[int]
 ) -> None:
@@ -353,6 +350,12 @@ def update_running(
     torch._foreach_add_(batches, 1)
 
 
-@update_running.register_fake
+# For traces; eagerly the function itself is twice as fast.
+update_running_operator = torch.library.custom_op(
+    "pdarts_fast::update_running", update_running, mutates_args=("running", "batches")
+)
+
+
+@update_running_operator.register_fake
 def _(running, batches, stats, key, counts):
     return None

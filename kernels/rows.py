@@ -39,13 +39,19 @@ def copy_shape(x: Tensor, dtype: torch.dtype, channels: int) -> tuple[int, ...]:
 
 
 def as_image(rows: Tensor | None, like: Tensor) -> Tensor:
-    """``[N, H, W, padded]`` to ``like``'s ``[N, C, H, W]`` and dtype; empty for None."""
+    """``[N, H, W, padded]`` to ``like``'s ``[N, C, H, W]`` and dtype; empty for None.
+
+    Args:
+        rows: Fresh memory that nobody else uses: it becomes the image.
+        like: What the image is a gradient of.
+    """
     if rows is None:
         return like.new_empty(0)
-    image = rows.to(like.dtype).permute(0, 3, 1, 2)
-    if image.shape[1] == like.shape[1]:
-        return image
-    return image[:, : like.shape[1]].contiguous(memory_format=torch.channels_last)
+    if rows.shape[-1] != like.shape[1]:
+        image = rows.to(like.dtype).permute(0, 3, 1, 2)[:, : like.shape[1]]
+        return image.contiguous(memory_format=torch.channels_last)
+    # In place, since autograd adds to gradients in place unless they are views.
+    return rows.to(like.dtype).transpose_(1, 3).transpose_(2, 3)
 
 
 def fake_image(like: Tensor, wanted: bool) -> Tensor:

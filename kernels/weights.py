@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors as flatten
 
 from . import plan as plans
 from .plan import Plan
@@ -113,16 +114,20 @@ class Weights:
     @staticmethod
     def _packed(where: Layout, parameters: Sequence[Tensor]) -> Tensor:
         """All parameters with padding, one after the other."""
-        rows: list[Tensor] = [parameter.detach() for parameter in parameters]
-        if not where.is_plain:
-            rows = [
-                F.pad(
-                    row.reshape(shape),
-                    (0, padded[1] - shape[1], 0, padded[0] - shape[0]),
-                )
-                for row, shape, padded in zip(rows, where.shapes, where.padded, strict=True)
-            ]
-        return torch.cat([row.reshape(-1) for row in rows])
+        with torch.no_grad():
+            if where.is_plain:
+                return flatten(parameters)
+            return flatten(
+                [
+                    F.pad(
+                        parameter.reshape(shape),
+                        (0, padded[1] - shape[1], 0, padded[0] - shape[0]),
+                    )
+                    for parameter, shape, padded in zip(
+                        parameters, where.shapes, where.padded, strict=True
+                    )
+                ]
+            )
 
     def matrix(self, index: int) -> Tensor:
         """Weight ``index`` as ``[rows, columns]``: a view."""

@@ -6,6 +6,7 @@ fill them. A block goes back to the pool when the last tensor on it is freed.
 
 from __future__ import annotations
 
+import math
 import mmap
 import weakref
 from collections import defaultdict, deque
@@ -22,6 +23,11 @@ _SMALLEST = 1 << 18
 _SPARE = 1.5
 # Blocks are multiples of a huge page, so that the kernel can back them with huge pages.
 _GRANULE = 1 << 21
+
+
+def _strides(shape: tuple[int, ...]) -> list[int]:
+    """Of a contiguous tensor."""
+    return [math.prod(shape[i + 1 :]) for i in range(len(shape))]
 
 
 class Pool:
@@ -72,7 +78,7 @@ class Pool:
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised contiguous tensor in main memory."""
-        count = int(np.prod(shape, dtype=np.int64))
+        count = math.prod(shape)
         needed = count * dtype.itemsize
         if needed < _SMALLEST:
             return torch.empty(shape, dtype=dtype)
@@ -80,7 +86,9 @@ class Pool:
         block = self._take(size)
         array = np.frombuffer(block, dtype=np.uint8, count=needed)
         weakref.finalize(array, self._give_back, size, block).atexit = False
-        return torch.from_numpy(array).view(dtype).view(shape)
+        # Not a view: autograd adds to gradients in place only where nothing else holds them.
+        tensor = torch.frombuffer(array, dtype=dtype, count=count)
+        return tensor.as_strided_(shape, _strides(shape))
 
 
 pool = Pool()
