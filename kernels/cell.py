@@ -83,7 +83,7 @@ def run(backend: str, cell: nn.Module, s0: Tensor, s1: Tensor, weights: Tensor) 
     # A replica of nn.DataParallel shares the attributes of the original, not its parameters.
     if names is None or getattr(cell, "_is_replica", False):
         names = prepare(cell)
-    # Hundreds of look-ups: those of nn.Module take ten times as long as the dictionaries it looks in.
+    # Hundreds of look-ups, for which nn.Module takes ten times as long as its dictionaries.
     buffers = [norm._buffers for norm in names.norms]
     running: list[Any] = [b for own in buffers for b in (own["running_mean"], own["running_var"])]
     dtype = storage_dtype(s1)
