@@ -38,14 +38,16 @@ class Variant:
 
 AVX2 = ("-mavx2", "-mfma")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
+BF16 = (*AVX512, "-mavx512bf16")
 
 
 def variants() -> list[Variant]:
-    """What to build for this machine's architecture."""
+    """What to build for this machine's architecture; avx512bf16 calls avx512 for float32."""
     generic = Variant("generic", 4, ())
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return [generic]
-    return [Variant("avx512", 16, AVX512), Variant("avx2", 8, AVX2), generic]
+    wide = [Variant("avx512bf16", 16, BF16), Variant("avx512", 16, AVX512)]
+    return [*wide, Variant("avx2", 8, AVX2), generic]
 
 
 def find_compiler() -> list[str] | None:
@@ -53,14 +55,19 @@ def find_compiler() -> list[str] | None:
     named = os.environ.get("CXX")
     for command in [named] if named else ["g++", "c++", "clang++"]:
         words = shlex.split(command)
-        probe = [*words, *BASE, "-shared", "-x", "c++", "-", "-o", os.devnull]
-        try:
-            result = subprocess.run(probe, input=b"#include <omp.h>\nint x;", capture_output=True)
-        except OSError:
-            continue
-        if result.returncode == 0:
+        if _compiles(words, ()):
             return words
     return None
+
+
+def _compiles(compiler: Sequence[str], flags: Sequence[str]) -> bool:
+    """Whether a command is a compiler with OpenMP that knows these flags."""
+    probe = [*compiler, *BASE, *flags, "-shared", "-x", "c++", "-", "-o", os.devnull]
+    try:
+        result = subprocess.run(probe, input=b"#include <omp.h>\nint x;", capture_output=True)
+    except OSError:
+        return False
+    return result.returncode == 0
 
 
 def _run(command: Sequence[str]) -> None:
@@ -97,7 +104,10 @@ def build(
         raise RuntimeError("no C++17 compiler with OpenMP found; install g++ or set CXX")
     flags = [*BASE, *(SANITIZE if sanitize else ()), *extra]
     with tempfile.TemporaryDirectory() as folder:
-        chosen = [v for v in variants() if not only or v.name in (*only, "generic")]
+        wanted = {*only, "generic", *(["avx512"] if "avx512bf16" in only else [])}
+        chosen = [v for v in variants() if not only or v.name in wanted]
+        # A compiler may be older than products of bfloat16.
+        chosen = [v for v in chosen if v.flags != BF16 or _compiles(compiler, v.flags)]
         listed = [f"-DPDARTS_HAS_{v.name.upper()}" for v in chosen]
         jobs = [[str(SOURCES / f"{x}.cpp"), *listed, "-o", f"{folder}/{x}.o"] for x in SCALAR]
         for variant in chosen:

@@ -68,9 +68,11 @@ def primitives(request: Any) -> str:
     return request.param
 
 
-def make_cell(name: str, channels: int, reduction: bool, reduction_prev: bool) -> Cell:
+def make_cell(
+    name: str, channels: int, reduction: bool, reduction_prev: bool, seed: int = 0
+) -> Cell:
     """A float64 cell whose statistics, scales and shifts are not those of a fresh one."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     cell = Cell(GENOTYPES[name], 3 * channels, 2 * channels, channels, reduction, reduction_prev)
     for module in cell.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -149,21 +151,31 @@ def test_everything_is_that_of_the_modules(
 
 
 def test_bfloat16_is_as_close_as_autocast_is(primitives: str) -> None:
-    cell = make_cell("PDARTS", 16, False, False)
+    names = ("out", "grad _ops.3.op.1.weight", "grad _ops.4.op.7.bias")
+    errors = dict.fromkeys(names, 0.0)
+    allowed = dict.fromkeys(names, 0.0)
     inputs = images(16, 8, False)
-    want = everything(cell, inputs, torch.float64, lambda c, a, b: c.forward_op_by_op(a, b, 0.0))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        stock = everything(
-            cell, inputs, torch.float32, lambda c, a, b: c.forward_op_by_op(a, b, 0.0)
+
+    def stock_run(c: Cell, a: Tensor, b: Tensor) -> Tensor:
+        return c.forward_op_by_op(a, b, 0.0)
+
+    # Where a rounding falls decides more of one cell's error than how it was computed.
+    for seed in range(12):
+        cell = make_cell("PDARTS", 16, False, False, seed)
+        want = everything(cell, inputs, torch.float64, stock_run)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            stock = everything(cell, inputs, torch.float32, stock_run)
+            fused = everything(
+                cell, inputs, torch.float32, lambda c, a, b: derived.run(c, primitives, a, b, 0.0)
+            )
+        assert fused["out"].dtype == torch.float64
+        for name in names:
+            errors[name] += ((fused[name] - want[name]).norm() / want[name].norm()).item() / 12
+            allowed[name] += ((stock[name] - want[name]).norm() / want[name].norm()).item() / 12
+    for name in names:
+        assert errors[name] <= 1.25 * allowed[name], (
+            f"{name}: {errors[name]:.1e}, {allowed[name]:.1e}"
         )
-        fused = everything(
-            cell, inputs, torch.float32, lambda c, a, b: derived.run(c, primitives, a, b, 0.0)
-        )
-    assert fused["out"].dtype == torch.float64
-    for name in ("out", "grad _ops.3.op.1.weight", "grad _ops.4.op.7.bias"):
-        error = (fused[name] - want[name]).norm() / want[name].norm()
-        allowed = (stock[name] - want[name]).norm() / want[name].norm()
-        assert error <= 1.5 * allowed, f"{name}: {error:.1e}, autocast {allowed:.1e}"
 
 
 def test_only_what_is_wanted_gets_a_gradient(primitives: str) -> None:

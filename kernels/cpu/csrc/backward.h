@@ -9,10 +9,11 @@
 namespace pdarts {
 namespace PDARTS_VARIANT {
 
+template <class E>
 struct BackwardBranch {
   float* depthwise;       // packed
   float* flipped;         // packed, turned by 180 degrees
-  float* pointwise;       // W [C, depth], packed for dy W
+  E* pointwise;           // W [C, depth], packed for dy W
   float* expanded;        // W before packing where it is not the parameter
   float* grad_depthwise;  // [groups][C / V][taps][V]
   float* grad_pointwise;  // [groups][C, depth]
@@ -31,18 +32,20 @@ PDARTS_INLINE int64_t tap_count(const Branch& b) {
 }
 
 // A group's part of the weight gradients.
-PDARTS_INLINE float* group_depthwise(const Task& t, const Branch& b, const BackwardBranch& packed,
-                                     int64_t group) {
+template <class E>
+PDARTS_INLINE float* group_depthwise(const Task& t, const Branch& b,
+                                     const BackwardBranch<E>& packed, int64_t group) {
   return packed.grad_depthwise + group * t.channels * tap_count(b);
 }
 
-PDARTS_INLINE float* group_pointwise(const Task& t, const Branch& b, const BackwardBranch& packed,
-                                     int64_t group) {
+template <class E>
+PDARTS_INLINE float* group_pointwise(const Task& t, const Branch& b,
+                                     const BackwardBranch<E>& packed, int64_t group) {
   return packed.grad_pointwise + group * t.channels * product_depth(t, b);
 }
 
 PDARTS_INLINE int64_t backward_bytes(const Task& t) {
-  int64_t bytes = Scratch::bytes_for<BackwardBranch>(t.num_branches);
+  int64_t bytes = Scratch::bytes_for<BackwardBranch<float>>(t.num_branches);
   for (int64_t i = 0; i < t.num_branches; ++i) {
     const Branch& b = t.branches[i];
     if (!has_weights(b)) continue;
@@ -55,15 +58,16 @@ PDARTS_INLINE int64_t backward_bytes(const Task& t) {
 }
 
 // Room for what `pack_backward` and the groups write.
-PDARTS_SHARED BackwardBranch* prepare_backward(const Task& t, Scratch& scratch) {
+template <class E>
+PDARTS_SHARED BackwardBranch<E>* prepare_backward(const Task& t, Scratch& scratch) {
   scratch.reset(backward_bytes(t));
-  BackwardBranch* all = scratch.take<BackwardBranch>(t.num_branches);
+  BackwardBranch<E>* all = scratch.take<BackwardBranch<E>>(t.num_branches);
   for (int64_t i = 0; i < t.num_branches; ++i) {
     const Branch& b = t.branches[i];
-    all[i] = BackwardBranch{};
+    all[i] = BackwardBranch<E>{};
     if (!has_weights(b)) continue;
     const int64_t taps = t.channels * tap_count(b), weights = t.channels * product_depth(t, b);
-    all[i].pointwise = scratch.take<float>(weights);
+    all[i].pointwise = scratch.take<E>(weights);
     if (b.kind == kFactorized) all[i].expanded = scratch.take<float>(weights);
     if (b.grad_pointwise) all[i].grad_pointwise = scratch.take<float>(t.groups * weights);
     if (b.kind != kConv) continue;
@@ -75,7 +79,8 @@ PDARTS_SHARED BackwardBranch* prepare_backward(const Task& t, Scratch& scratch) 
 }
 
 // Packs the weights of every branch: all threads of a team call it and leave it together.
-PDARTS_SHARED void pack_backward(const Task& t, const BackwardBranch* all) {
+template <class E>
+PDARTS_SHARED void pack_backward(const Task& t, const BackwardBranch<E>* all) {
 #pragma omp for schedule(dynamic, 1)
   for (int64_t i = 0; i < t.num_branches; ++i) {
     const Branch& b = t.branches[i];
@@ -91,7 +96,8 @@ PDARTS_SHARED void pack_backward(const Task& t, const BackwardBranch* all) {
 }
 
 // Sets a group's weight gradients to zero.
-PDARTS_SHARED void begin_group(const Task& t, const BackwardBranch* all, int64_t group) {
+template <class E>
+PDARTS_SHARED void begin_group(const Task& t, const BackwardBranch<E>* all, int64_t group) {
   for (int64_t i = 0; i < t.num_branches; ++i) {
     const size_t taps = static_cast<size_t>(t.channels * tap_count(t.branches[i]));
     if (all[i].grad_depthwise)
@@ -124,7 +130,8 @@ PDARTS_INLINE void finish_pointwise(const Task& t, const Branch& b, const float*
 }
 
 // Weight gradients of every branch: all threads of a team call it.
-PDARTS_SHARED void finish_backward(const Task& t, const BackwardBranch* all) {
+template <class E>
+PDARTS_SHARED void finish_backward(const Task& t, const BackwardBranch<E>* all) {
 #pragma omp for schedule(dynamic, 1)
   for (int64_t i = 0; i < t.num_branches; ++i) {
     if (all[i].grad_pointwise) finish_pointwise(t, t.branches[i], all[i].grad_pointwise);
@@ -133,9 +140,9 @@ PDARTS_SHARED void finish_backward(const Task& t, const BackwardBranch* all) {
 }
 
 // dy [pixels, C] = coef[0] * grad + coef[1] * y + coef[2], for pixels from `first` of the batch.
-template <class T>
+template <class T, class E>
 PDARTS_INLINE void output_gradient(const Task& t, const Branch& b, int64_t first, int64_t pixels,
-                                   float* dy) {
+                                   E* dy) {
   const int64_t channels = t.channels;
   const T* g = static_cast<const T*>(b.grad) + first * b.grad_stride;
   const T* y = static_cast<const T*>(b.y) + first * channels;
@@ -180,8 +187,9 @@ PDARTS_INLINE GradientAhead gradient_ahead(const Task& t, const Branch& b, int64
 }
 
 // grad (a plane) at `places` = dy [pixels, C] W.
-PDARTS_SHARED void product_into_plane(const float* dy, int64_t pixels, int64_t channels,
-                                      const float* pointwise, const int32_t* places,
+template <class E>
+PDARTS_SHARED void product_into_plane(const E* dy, int64_t pixels, int64_t channels,
+                                      const E* pointwise, const int32_t* places,
                                       const Plane& grad, const GradientAhead& ahead) {
   product(dy, channels, pixels, channels, pointwise, channels,
           [&](int64_t p, int64_t block, Vec v) {
@@ -190,20 +198,22 @@ PDARTS_SHARED void product_into_plane(const float* dy, int64_t pixels, int64_t c
           });
 }
 
-// out [rows, columns] += a^T b over a chunk of pixels.
-PDARTS_SHARED void add_outer(const float* a, int64_t rows, const float* b, int64_t columns,
-                             int64_t pixels, float* out) {
-  outer(a, rows, b, columns, pixels, out);
+// out [rows, columns] += a^T b over a chunk of pixels. Both have `operand_floats`.
+template <class E>
+PDARTS_SHARED void add_outer(E* a, int64_t rows, E* b, int64_t columns, int64_t pixels,
+                             float* out) {
+  outer(by_pixel(a, pixels, rows), rows, by_pixel(b, pixels, columns), columns, pixels, out);
 }
 
 // For a convolution and output rows [begin, end) of image n: the gradient of the depthwise output
 // into `grad` (a plane), and the gradient of the pointwise weights from the recomputed depthwise
 // output of `src`. `dy` and `a` hold a chunk each. `next` is the convolution after this one.
 template <class T>
-PDARTS_INLINE void pointwise_backward(const Task& t, const Branch& b, const BackwardBranch& packed,
-                                      int64_t group, int64_t n, int64_t begin, int64_t end,
-                                      const Branch& next, const Plane& src, const Plane& grad,
-                                      const int32_t* places, float* dy, float* a) {
+PDARTS_INLINE void pointwise_backward(const Task& t, const Branch& b,
+                                      const BackwardBranch<Operand<T>>& packed, int64_t group,
+                                      int64_t n, int64_t begin, int64_t end, const Branch& next,
+                                      const Plane& src, const Plane& grad, const int32_t* places,
+                                      Operand<T>* dy, Operand<T>* a) {
   const int64_t channels = t.channels, width = t.out_width, pixels = (end - begin) * width;
   const int64_t image = n * t.out_height * width;
   output_gradient<T>(t, b, image + begin * width, pixels, dy);
@@ -216,8 +226,10 @@ PDARTS_INLINE void pointwise_backward(const Task& t, const Branch& b, const Back
 }
 
 // Gradient of the depthwise weights of one image.
-PDARTS_SHARED void weights_backward(const Task& t, const Branch& b, const BackwardBranch& packed,
-                                    int64_t group, const Plane& src, const Plane& grad) {
+template <class E>
+PDARTS_SHARED void weights_backward(const Task& t, const Branch& b,
+                                    const BackwardBranch<E>& packed, int64_t group,
+                                    const Plane& src, const Plane& grad) {
   if (!packed.grad_depthwise) return;
   float* out = group_depthwise(t, b, packed, group);
   with_kernel(b, [&](auto k, auto d, auto s) {

@@ -196,9 +196,10 @@ PDARTS_INLINE void depthwise_weights(const Plane& grad, const Plane& src, int64_
 }
 
 // a [(end - begin) * width, channels] = rows [begin, end) of a branch's depthwise convolution.
+template <class E>
 PDARTS_SHARED void depthwise_chunk(const Branch& b, const Plane& src, const float* w,
                                    int64_t channels, int64_t begin, int64_t end, int64_t width,
-                                   float* a) {
+                                   E* a) {
   with_kernel(b, [&](auto k, auto d, auto s) {
     depthwise_rows<k.value, d.value, s.value>(
         src, b.padding, w, channels / V, begin, end, width,

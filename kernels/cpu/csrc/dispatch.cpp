@@ -9,6 +9,9 @@ namespace pdarts {
   extern const Variant table; \
   }
 
+#ifdef PDARTS_HAS_AVX512BF16
+PDARTS_DECLARE(avx512bf16)
+#endif
 #ifdef PDARTS_HAS_AVX512
 PDARTS_DECLARE(avx512)
 #endif
@@ -18,6 +21,8 @@ PDARTS_DECLARE(avx2)
 PDARTS_DECLARE(generic)
 
 namespace {
+
+constexpr int64_t kMostVariants = 4;
 
 struct Entry {
   const Variant* variant;
@@ -34,6 +39,9 @@ int64_t list(Entry* entries) {
   const bool wide = fma && __builtin_cpu_supports("avx512f") &&
                     __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512vl");
+#ifdef PDARTS_HAS_AVX512BF16
+  entries[count++] = {&avx512bf16::table, wide && __builtin_cpu_supports("avx512bf16")};
+#endif
   entries[count++] = {&avx512::table, wide};
 #endif
 #ifdef PDARTS_HAS_AVX2
@@ -62,7 +70,7 @@ int64_t pdarts_sizeof_cell() { return sizeof(pdarts::CellTask); }
 // Variant number `index`, best first: its name, or null past the last. Writes whether this
 // processor runs it and how many floats its vectors have.
 const char* pdarts_variant(int64_t index, int64_t* runs, int64_t* width) {
-  pdarts::Entry entries[4];
+  pdarts::Entry entries[pdarts::kMostVariants];
   if (index < 0 || index >= pdarts::list(entries)) return nullptr;
   *runs = entries[index].runs;
   *width = entries[index].variant->width;
@@ -71,7 +79,7 @@ const char* pdarts_variant(int64_t index, int64_t* runs, int64_t* width) {
 
 // Runs a primitive of a variant. Returns 0, or 1 if there is no such primitive here.
 int64_t pdarts_run(int64_t index, int64_t primitive, const pdarts::Task* task) {
-  pdarts::Entry entries[4];
+  pdarts::Entry entries[pdarts::kMostVariants];
   if (index < 0 || index >= pdarts::list(entries) || !entries[index].runs) return 1;
   if (primitive < 0 || primitive >= pdarts::kNumPrimitives) return 1;
   entries[index].variant->primitives[primitive](*task);
@@ -80,7 +88,7 @@ int64_t pdarts_run(int64_t index, int64_t primitive, const pdarts::Task* task) {
 
 // Runs a pass of a cell, forward or backward. Returns like `pdarts_run`.
 int64_t pdarts_run_cell(int64_t index, int64_t backward, const pdarts::CellTask* cell) {
-  pdarts::Entry entries[4];
+  pdarts::Entry entries[pdarts::kMostVariants];
   if (index < 0 || index >= pdarts::list(entries) || !entries[index].runs) return 1;
   (backward ? pdarts::cell_backward : pdarts::cell_forward)(*cell, *entries[index].variant);
   return 0;

@@ -50,8 +50,8 @@ Sizes sizes_of(const Task& t) {
   s.lone = t.num_branches == 1 && t.branches[0].kind == kPointwise && !t.incoming;
   s.raw = s.lone ? 0 : t.in_height * t.in_width * t.in_channels;
   s.pooled = s.lone ? 0 : out_pixels * t.channels;
-  s.dy = chunk_pixels(t) * t.channels + kSlack;
-  s.a = max_of(chunk_pixels(t) * depth + kSlack, pool_line_floats(t));
+  s.dy = operand_floats(chunk_pixels(t), t.channels);
+  s.a = max_of(operand_floats(chunk_pixels(t), depth), pool_line_floats(t));
   s.factors = dropout_floats(s.pooled) + t.channels + V;
   return s;
 }
@@ -81,7 +81,8 @@ Work make_work(const Task& t, const Sizes& s, Scratch& local) {
 }
 
 // dx += transposed depthwise convolution of grad.
-PDARTS_SHARED void add_transposed(const Branch& b, const BackwardBranch& packed, int64_t blocks,
+template <class E>
+PDARTS_SHARED void add_transposed(const Branch& b, const BackwardBranch<E>& packed, int64_t blocks,
                                   const Plane& grad, const Plane& dx) {
   with_kernel(b, [&](auto k, auto d, auto s) {
     if constexpr (s.value == 1)
@@ -98,34 +99,36 @@ PDARTS_SHARED void add_transposed(const Branch& b, const BackwardBranch& packed,
 
 // Adds a depthwise-pointwise convolution to w.dx.
 template <class T>
-void conv_backward(const Task& t, const Branch& b, const BackwardBranch& packed, int64_t group,
+void conv_backward(const Task& t, const Branch& b, const BackwardBranch<Operand<T>>& packed, int64_t group,
                    int64_t n, const Branch& next, const Work& w) {
   const int64_t rows = rows_per_chunk(t);
   for (int64_t begin = 0; begin < t.out_height; begin += rows)
     pointwise_backward<T>(t, b, packed, group, n, begin, min_of(t.out_height, begin + rows), next,
-                          w.x, w.grad, w.places, w.dy, w.a);
+                          w.x, w.grad, w.places, operands<T>(w.dy), operands<T>(w.a));
   add_transposed(b, packed, t.channels / V, w.grad, w.dx);
   weights_backward(t, b, packed, group, w.x, w.grad);
 }
 
 // Gradient of the weights of a 1x1 convolution or factorized reduce; w.dy holds its dy.
 template <class T>
-void gathered_weights(const Task& t, const Branch& b, const BackwardBranch& packed, int64_t group,
+void gathered_weights(const Task& t, const Branch& b, const BackwardBranch<Operand<T>>& packed, int64_t group,
                       const T* image, int64_t begin, int64_t end, const Work& w) {
   if (!packed.grad_pointwise) return;
-  gather(t, b, image, begin, end, w.a);
-  add_outer(w.dy, t.channels, w.a, product_depth(t, b), (end - begin) * t.out_width,
+  Operand<T>* a = operands<T>(w.a);
+  gather(t, b, image, begin, end, a);
+  add_outer(operands<T>(w.dy), t.channels, a, product_depth(t, b), (end - begin) * t.out_width,
             group_pointwise(t, b, packed, group));
 }
 
 // Adds a 1x1 convolution or factorized reduce of relu(x), output rows [begin, end), to w.raw.
 template <class T>
-void gathered_backward(const Task& t, const Branch& b, const BackwardBranch& packed, int64_t group,
+void gathered_backward(const Task& t, const Branch& b, const BackwardBranch<Operand<T>>& packed, int64_t group,
                        int64_t n, const T* image, int64_t begin, int64_t end, const Work& w) {
   const int64_t width = t.out_width, pixels = (end - begin) * width, cx = t.in_channels;
   const int64_t depth = product_depth(t, b);
-  output_gradient<T>(t, b, (n * t.out_height + begin) * width, pixels, w.dy);
-  product(w.dy, t.channels, pixels, t.channels, packed.pointwise, depth,
+  output_gradient<T>(t, b, (n * t.out_height + begin) * width, pixels,
+                     operands<T>(w.dy));
+  product(operands<T>(w.dy), t.channels, pixels, t.channels, packed.pointwise, depth,
           [&](int64_t p, int64_t block, Vec v) {
             store(w.a + p * depth + block * V, v);
           });
@@ -147,21 +150,21 @@ void gathered_backward(const Task& t, const Branch& b, const BackwardBranch& pac
 
 // Image n where a 1x1 convolution is all there is, as in front of a cell: no sum to keep.
 template <class T>
-void pointwise_image(const Task& t, const BackwardBranch& packed, int64_t group, int64_t n,
+void pointwise_image(const Task& t, const BackwardBranch<Operand<T>>& packed, int64_t group, int64_t n,
                      const T* image, const Work& w) {
   const Branch& b = t.branches[0];
   const int64_t width = t.out_width, rows = rows_per_chunk(t), cx = t.in_channels;
   for (int64_t begin = 0; begin < t.out_height; begin += rows) {
     const int64_t end = min_of(t.out_height, begin + rows), pixels = (end - begin) * width;
     const int64_t first = n * t.out_height * width + begin * width;
-    output_gradient<T>(t, b, first, pixels, w.dy);
+    output_gradient<T>(t, b, first, pixels, operands<T>(w.dy));
     if (t.out) {
       const T* x = image + begin * width * t.x_stride;
       T* out = static_cast<T*>(t.out) + first * t.out_stride;
       const bool past = can_stream(out);
       const Ahead next_x = Ahead::of(x + pixels * t.x_stride, t.x_stride);
       const GradientAhead next = gradient_ahead<T>(t, b, first + pixels);
-      product(w.dy, t.channels, pixels, t.channels, packed.pointwise, cx,
+      product(operands<T>(w.dy), t.channels, pixels, t.channels, packed.pointwise, cx,
               [&](int64_t p, int64_t block, Vec v) {
                 next_x.ask(p, block);
                 if (block < t.channels / V) next.ask(p, block);
@@ -255,7 +258,7 @@ const Branch& next_convolution(const Task& t, int64_t i) {
 }
 
 template <class T>
-void image_backward(const Task& t, const Sizes& s, const BackwardBranch* packed, int64_t group,
+void image_backward(const Task& t, const Sizes& s, const BackwardBranch<Operand<T>>* packed, int64_t group,
                     int64_t n, const Work& w) {
   const T* image = static_cast<const T*>(t.x) + n * t.in_height * t.in_width * t.x_stride;
   if (s.lone) return pointwise_image(t, packed[0], group, n, image, w);
@@ -284,7 +287,7 @@ void image_backward(const Task& t, const Sizes& s, const BackwardBranch* packed,
 
 template <class T>
 void run(const Task& t) {
-  const BackwardBranch* packed = prepare_backward(t, shared_scratch);
+  const auto* packed = prepare_backward<Operand<T>>(t, shared_scratch);
   const Sizes sizes = sizes_of(t);
 #pragma omp parallel num_threads(static_cast<int>(t.threads))
   {
@@ -304,7 +307,7 @@ void run(const Task& t) {
 
 }  // namespace
 
-void fan_in(const Task& t) { t.bf16 ? run<BFloat>(t) : run<float>(t); }
+void fan_in(const Task& t) { t.bf16 ? run<BFloat>(t) : PDARTS_FLOAT(fan_in, run<float>(t)); }
 
 }  // namespace PDARTS_VARIANT
 }  // namespace pdarts

@@ -17,9 +17,10 @@ namespace {
 
 thread_local Scratch shared_scratch, local_scratch;
 
+template <class E>
 struct Packed {
   float* depthwise;
-  float* pointwise;
+  E* pointwise;
   float* expanded;  // the pointwise weights before packing where they are not the parameter
   double* moments;  // [groups, 2, C]
 };
@@ -31,15 +32,16 @@ int64_t depth_of(const Task& t, const Branch& b) {
 bool has_product(const Branch& b) { return b.kind != kMaxPool && b.kind != kAvgPool; }
 
 // Makes room for the partial statistics and the packed weights of every branch.
-Packed* prepare(const Task& t, Scratch& scratch) {
-  Packed* packed = scratch.take<Packed>(t.num_branches);
+template <class E>
+Packed<E>* prepare(const Task& t, Scratch& scratch) {
+  Packed<E>* packed = scratch.take<Packed<E>>(t.num_branches);
   for (int64_t i = 0; i < t.num_branches; ++i) {
     const Branch& b = t.branches[i];
-    Packed& p = packed[i];
-    p = Packed{};
+    Packed<E>& p = packed[i];
+    p = Packed<E>{};
     p.moments = scratch.take<double>(t.groups * 2 * t.channels);
     if (!has_product(b)) continue;
-    p.pointwise = scratch.take<float>(depth_of(t, b) * t.channels);
+    p.pointwise = scratch.take<E>(depth_of(t, b) * t.channels);
     if (b.kind == kFactorized) p.expanded = scratch.take<float>(depth_of(t, b) * t.channels);
     if (b.kind == kConv) p.depthwise = scratch.take<float>(t.channels * b.kernel * b.kernel);
   }
@@ -47,11 +49,12 @@ Packed* prepare(const Task& t, Scratch& scratch) {
 }
 
 // Packs the weights of every branch: all threads of a team call it and leave it together.
-void pack(const Task& t, const Packed* packed) {
+template <class E>
+void pack(const Task& t, const Packed<E>* packed) {
 #pragma omp for schedule(dynamic, 1)
   for (int64_t i = 0; i < t.num_branches; ++i) {
     const Branch& b = t.branches[i];
-    const Packed& p = packed[i];
+    const Packed<E>& p = packed[i];
     std::memset(p.moments, 0, static_cast<size_t>(t.groups * 2 * t.channels) * sizeof(double));
     if (!has_product(b)) continue;
     const int64_t depth = depth_of(t, b);
@@ -64,7 +67,7 @@ void pack(const Task& t, const Packed* packed) {
 }
 
 int64_t shared_bytes(const Task& t) {
-  int64_t bytes = Scratch::bytes_for<Packed>(t.num_branches);
+  int64_t bytes = Scratch::bytes_for<Packed<float>>(t.num_branches);
   for (int64_t i = 0; i < t.num_branches; ++i)
     bytes += Scratch::bytes_for<double>(t.groups * 2 * t.channels) +
              2 * Scratch::bytes_for<float>(depth_of(t, t.branches[i]) * t.channels) +
@@ -89,18 +92,20 @@ int64_t max_depth(const Task& t) {
   return depth;
 }
 
-// Output rows [begin, end) of one image of one branch; `a` is the chunk's matrix and `fresh` its
-// outputs while they are in cache. `ahead` is the image that is read next.
+// Output rows [begin, end) of one image of one branch; `room` is for the chunk's matrix or the lines of
+// a pool, `fresh` for its outputs while they are in cache. `ahead` is the image that is read next.
 template <class T>
-void branch_rows(const Task& t, const Branch& b, const Packed& packed, const Plane& plane,
-                 const T* image, const Ahead& ahead, int64_t begin, int64_t end, float* a,
+void branch_rows(const Task& t, const Branch& b, const Packed<Operand<T>>& packed,
+                 const Plane& plane, const T* image, const Ahead& ahead, int64_t begin,
+                 int64_t end, float* room,
                  T* fresh, T* y, Moments& moments) {
   const int64_t channels = t.channels, width = t.out_width;
   const int64_t pixels = (end - begin) * width;
   if (!has_product(b)) {
-    pool_rows(t, b, image, begin, end, a, fresh);
+    pool_rows(t, b, image, begin, end, room, fresh);
   } else {
     const int64_t depth = depth_of(t, b);
+    Operand<T>* a = operands<T>(room);
     if (b.kind == kConv) {
       depthwise_chunk(b, plane, packed.depthwise, channels, begin, end, width, a);
     } else {
@@ -122,18 +127,19 @@ void branch_rows(const Task& t, const Branch& b, const Packed& packed, const Pla
 }
 
 template <class T>
-void branch_image(const Task& t, const Branch& b, const Packed& packed, const Plane& plane,
-                  const T* image, const Ahead& ahead, int64_t n, float* a, T* fresh,
-                  Moments& moments) {
+void branch_image(const Task& t, const Branch& b, const Packed<Operand<T>>& packed,
+                  const Plane& plane, const T* image, const Ahead& ahead, int64_t n, float* room,
+                  T* fresh, Moments& moments) {
   const int64_t rows = rows_per_chunk(t);
   T* y = static_cast<T*>(b.y) + n * t.out_height * t.out_width * t.channels;
   for (int64_t begin = 0; begin < t.out_height; begin += rows)
-    branch_rows(t, b, packed, plane, image, ahead, begin, min_of(t.out_height, begin + rows), a,
-                fresh, y, moments);
+    branch_rows(t, b, packed, plane, image, ahead, begin, min_of(t.out_height, begin + rows),
+                room, fresh, y, moments);
 }
 
 // mean and biased variance of every branch from the groups' partial ones.
-void finish(const Task& t, const Packed* packed) {
+template <class E>
+void finish(const Task& t, const Packed<E>* packed) {
   const double pixels = static_cast<double>(t.out_height * t.out_width);
   for (int64_t i = 0; i < t.num_branches; ++i) {
     double* sums = t.branches[i].sums;
@@ -166,24 +172,24 @@ template <class T>
 void run(const Task& t, bool second) {
   Scratch& shared = shared_scratch;
   shared.reset(shared_bytes(t));
-  const Packed* packed = prepare(t, shared);
+  const auto* packed = prepare<Operand<T>>(t, shared);
   const int64_t blocks = t.channels / V, padding = max_padding(t);
   const int64_t height = second ? t.out_height : t.in_height;
   const int64_t width = second ? t.out_width : t.in_width;
   const int64_t pixels = height * width;
-  const int64_t chunk_floats = chunk_pixels(t) * max_depth(t) + kSlack;
-  const int64_t a_floats = max_of(chunk_floats, pool_line_floats(t));
+  const int64_t room_floats =
+      max_of(operand_floats(chunk_pixels(t), max_depth(t)), pool_line_floats(t));
   bool any_conv = false;
   for (int64_t i = 0; i < t.num_branches; ++i) any_conv |= t.branches[i].kind == kConv;
 #pragma omp parallel num_threads(static_cast<int>(t.threads))
   {
     Scratch& local = local_scratch;
     const int64_t plane_floats = any_conv ? Plane::floats(height, width, padding, blocks) : 0;
-    local.reset(Scratch::bytes_for<float>(plane_floats) + Scratch::bytes_for<float>(a_floats) +
+    local.reset(Scratch::bytes_for<float>(plane_floats) + Scratch::bytes_for<float>(room_floats) +
                 Scratch::bytes_for<T>(chunk_pixels(t) * t.channels));
     const Plane plane =
         any_conv ? Plane::make(local, height, width, padding, blocks) : Plane{};
-    float* a = local.take<float>(a_floats);
+    float* room = local.take<float>(room_floats);
     T* fresh = local.take<T>(chunk_pixels(t) * t.channels);
     pack(t, packed);
 #pragma omp for schedule(dynamic, 1) nowait
@@ -207,7 +213,7 @@ void run(const Task& t, bool second) {
           double* part = packed[i].moments + g * 2 * t.channels;
           const double before = static_cast<double>((n - range.begin) * t.out_height * t.out_width);
           Moments moments{before, part, part + t.channels};
-          branch_image(t, b, packed[i], plane, image, next_input<T>(t, i, n, second), n, a, fresh,
+          branch_image(t, b, packed[i], plane, image, next_input<T>(t, i, n, second), n, room, fresh,
                        moments);
         }
       }
@@ -219,9 +225,9 @@ void run(const Task& t, bool second) {
 
 }  // namespace
 
-void fan_out(const Task& t) { t.bf16 ? run<BFloat>(t, false) : run<float>(t, false); }
+void fan_out(const Task& t) { t.bf16 ? run<BFloat>(t, false) : PDARTS_FLOAT(fan_out, run<float>(t, false)); }
 
-void mid(const Task& t) { t.bf16 ? run<BFloat>(t, true) : run<float>(t, true); }
+void mid(const Task& t) { t.bf16 ? run<BFloat>(t, true) : PDARTS_FLOAT(mid, run<float>(t, true)); }
 
 }  // namespace PDARTS_VARIANT
 }  // namespace pdarts

@@ -34,9 +34,9 @@ PDARTS_INLINE void expand_weights(const Task& t, const Branch& b, float* dense) 
 }
 
 // a [rows * out_width, depth] = relu(x) of output rows [begin, end) of an image.
-template <class T>
+template <class T, class E>
 PDARTS_INLINE void gather(const Task& t, const Branch& b, const T* image, int64_t begin,
-                          int64_t end, float* a) {
+                          int64_t end, E* a) {
   const int64_t phases = b.kind == kFactorized ? 2 : 1;
   for (int64_t row = begin; row < end; ++row)
     for (int64_t column = 0; column < t.out_width; ++column)

@@ -18,7 +18,8 @@ thread_local Scratch shared_scratch, sums_scratch, local_scratch;
 // dv of output rows [begin, end) of image n, its sums into `total` [2, C]. `a` holds a chunk; `ahead`
 // is what the next branch reads first.
 template <class T>
-void input_gradient(const Task& t, const Branch& b, const BackwardBranch& packed, int64_t n,
+void input_gradient(const Task& t, const Branch& b, const BackwardBranch<Operand<T>>& packed,
+                    int64_t n,
                     int64_t begin, int64_t end, const Ahead& ahead, const Plane& v,
                     const Plane& grad, float* a, double* total) {
   const int64_t channels = t.channels, width = t.out_width, blocks = channels / V;
@@ -58,7 +59,8 @@ void input_gradient(const Task& t, const Branch& b, const BackwardBranch& packed
 }
 
 template <class T>
-void image_backward(const Task& t, const Branch& b, const BackwardBranch& packed, int64_t group,
+void image_backward(const Task& t, const Branch& b, const BackwardBranch<Operand<T>>& packed,
+                    int64_t group,
                     int64_t n, const Branch& next, const Plane& v, const Plane& grad, const int32_t* places,
                     float* dy, float* a, double* total) {
   const int64_t pixels = t.out_height * t.out_width, rows = rows_per_chunk(t);
@@ -69,7 +71,7 @@ void image_backward(const Task& t, const Branch& b, const BackwardBranch& packed
   });
   for (int64_t begin = 0; begin < t.out_height; begin += rows)
     pointwise_backward<T>(t, b, packed, group, n, begin, min_of(t.out_height, begin + rows), next,
-                          v, grad, places, dy, a);
+                          v, grad, places, operands<T>(dy), operands<T>(a));
   const Ahead ahead =
       Ahead::of(static_cast<const T*>(next.input) + n * pixels * next.input_stride,
                 next.input_stride);
@@ -86,14 +88,14 @@ const Branch& next_branch(const Task& t, int64_t i) {
 
 template <class T>
 void run(const Task& t) {
-  const BackwardBranch* packed = prepare_backward(t, shared_scratch);
+  const auto* packed = prepare_backward<Operand<T>>(t, shared_scratch);
   const int64_t channels = t.channels, blocks = channels / V, padding = widest_padding(t);
   const int64_t columns = t.num_branches * 2 * channels;
   sums_scratch.reset(Scratch::bytes_for<double>(t.groups * columns));
   double* partial = sums_scratch.take<double>(t.groups * columns);
   std::memset(partial, 0, static_cast<size_t>(t.groups * columns) * sizeof(double));
   const int64_t plane_floats = Plane::floats(t.out_height, t.out_width, padding, blocks);
-  const int64_t chunk_floats = chunk_pixels(t) * channels + kSlack;
+  const int64_t chunk_floats = operand_floats(chunk_pixels(t), channels);
 #pragma omp parallel num_threads(static_cast<int>(t.threads))
   {
     Scratch& local = local_scratch;
@@ -130,7 +132,7 @@ void run(const Task& t) {
 
 }  // namespace
 
-void mid_backward(const Task& t) { t.bf16 ? run<BFloat>(t) : run<float>(t); }
+void mid_backward(const Task& t) { t.bf16 ? run<BFloat>(t) : PDARTS_FLOAT(mid_backward, run<float>(t)); }
 
 }  // namespace PDARTS_VARIANT
 }  // namespace pdarts

@@ -3,7 +3,29 @@
 
 #include "simd.h"
 
+// What a variant with bfloat16 products does for float32: that of the variant it extends, `avx512`.
+#ifdef PDARTS_BF16
+#define PDARTS_FLOAT(primitive, call) avx512::primitive(t)
+#else
+#define PDARTS_FLOAT(primitive, call) call
+#endif
+
 namespace pdarts {
+
+#ifdef PDARTS_BF16
+namespace avx512 {
+
+void fan_out(const Task&);
+void mid(const Task&);
+void affine(const Task&);
+void mix(const Task&);
+void reduce(const Task&);
+void mid_backward(const Task&);
+void fan_in(const Task&);
+
+}  // namespace avx512
+#endif
+
 namespace PDARTS_VARIANT {
 
 void fan_out(const Task&);

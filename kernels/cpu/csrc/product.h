@@ -3,30 +3,113 @@
 // The tile is 6 pixels (or rows) x 2 vectors: 12 accumulators, 2 loads and 1 broadcast fill the
 // 16 registers of AVX2. With the 32 registers of AVX-512 it is 8 x 2, and 16 x 1 where the matrix is
 // one vector wide (C = 16): 16 sums hide the latency of a multiply-add, and 64 pixels are whole
-// tiles. A matrix unit (AVX512-BF16, AMX) would replace `product` and `outer`.
+// tiles.
+//
+// Operands are float, or bfloat16 where the processor multiplies it: a lane then holds two numbers
+// that follow one another along the sum, and a step is a pair of them. AMX would replace `product`
+// and `outer` in the same way.
 #pragma once
+
+#include <type_traits>
 
 #include "scratch.h"
 
 namespace pdarts {
 namespace PDARTS_VARIANT {
 
+#ifdef PDARTS_BF16
+template <class T>
+using Operand = T;  // of arrays of T
+#else
+template <class T>
+using Operand = float;
+#endif
+
+// Numbers in a lane.
+template <class E>
+constexpr int64_t kPair = std::is_same<E, BFloat>::value ? 2 : 1;
+
+PDARTS_INLINE Vec lane_everywhere(const float* p) { return broadcast(*p); }
+
+PDARTS_INLINE Vec lanes(const float* p) { return load(p); }
+
+PDARTS_INLINE Vec multiply_add(Vec sum, Vec a, Vec b) { return sum + a * b; }
+
+PDARTS_INLINE void put_number(float* p, float v) { *p = v; }
+
+#ifdef PDARTS_BF16
+typedef uint32_t UnalignedBits __attribute__((vector_size(V * 4), aligned(2), may_alias));
+
+PDARTS_INLINE Bits lane_everywhere(const BFloat* p) {
+  uint32_t pair;
+  std::memcpy(&pair, p, sizeof pair);
+  return Bits{} + pair;
+}
+
+PDARTS_INLINE Bits lanes(const BFloat* p) { return *reinterpret_cast<const UnalignedBits*>(p); }
+
+PDARTS_INLINE Vec multiply_add(Vec sum, Bits a, Bits b) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+
+PDARTS_INLINE void put_number(BFloat* p, float v) {
+  BFloat rounded[V];
+  store(rounded, broadcast(v));
+  *p = rounded[0];
+}
+#endif
+
+// A room of floats as one of operands.
+template <class T>
+PDARTS_INLINE Operand<T>* operands(float* room) {
+  return reinterpret_cast<Operand<T>*>(room);
+}
+
+// Room, in floats, for the rows of an operand and for `by_pixel` of them.
+PDARTS_INLINE int64_t operand_floats(int64_t pixels, int64_t depth) {
+  return (pixels + 1) * depth + kSlack;
+}
+
+// Rows [pixels, columns] in the order in which `outer` sums them: pixel by pixel.
+PDARTS_INLINE const float* by_pixel(float* rows, int64_t, int64_t) { return rows; }
+
+#ifdef PDARTS_BF16
+// Two pixels a lane, into the room behind the rows; an odd last one has a zero beside it.
+PDARTS_INLINE const BFloat* by_pixel(BFloat* rows, int64_t pixels, int64_t columns) {
+  BFloat* pairs = rows + pixels * columns;
+  const auto bits = [&](int64_t p, int64_t c) {
+    const BFloat* from = rows + p * columns + c;
+    return __builtin_convertvector(*reinterpret_cast<const UnalignedHalf*>(from), Bits);
+  };
+  for (int64_t p = 0; p < pixels; p += 2)
+    for (int64_t c = 0; c < columns; c += V) {
+      Bits both = bits(p, c);
+      if (p + 1 < pixels) both |= bits(p + 1, c) << 16;
+      *reinterpret_cast<UnalignedBits*>(pairs + p * columns + 2 * c) = both;
+    }
+  return pairs;
+}
+#endif
+
 template <int NV>
 constexpr int kTileRows = kManyRegisters ? 16 / NV : 6;
 
 // Packs B [K, N] into panels of 2 V columns (the last may have V): panel, k, column.
 // B is read as b[k * k_stride + n * n_stride].
+template <class E>
 PDARTS_INLINE void pack_panels(const float* b, int64_t k_stride, int64_t n_stride, int64_t depth,
-                               int64_t columns, float* packed) {
+                               int64_t columns, E* packed) {
   for (int64_t n = 0; n < columns; n += 2 * V) {
     const int64_t width = min_of(2 * V, columns - n);
-    for (int64_t k = 0; k < depth; ++k)
-      for (int64_t i = 0; i < width; ++i) *packed++ = b[k * k_stride + (n + i) * n_stride];
+    for (int64_t k = 0; k < depth; k += kPair<E>)
+      for (int64_t i = 0; i < width; ++i)
+        for (int64_t q = 0; q < kPair<E>; ++q)
+          put_number(packed++, b[(k + q) * k_stride + (n + i) * n_stride]);
   }
 }
 
-template <int R, int NV, class Put>
-PDARTS_INLINE void product_tile(const float* a, int64_t a_stride, const float* b, int64_t depth,
+template <int R, int NV, class E, class Put>
+PDARTS_INLINE void product_tile(const E* a, int64_t a_stride, const E* b, int64_t depth,
                                 int64_t pixel, int64_t block, Put put) {
   Vec acc[R][NV];
   PDARTS_UNROLL
@@ -34,15 +117,15 @@ PDARTS_INLINE void product_tile(const float* a, int64_t a_stride, const float* b
     PDARTS_UNROLL
     for (int j = 0; j < NV; ++j) acc[r][j] = Vec{};
   }
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec bk[NV];
+  for (int64_t k = 0; k < depth; k += kPair<E>) {
+    decltype(lanes(b)) bk[NV];
     PDARTS_UNROLL
-    for (int j = 0; j < NV; ++j) bk[j] = load(b + (k * NV + j) * V);
+    for (int j = 0; j < NV; ++j) bk[j] = lanes(b + (k * NV + j * kPair<E>) * V);
     PDARTS_UNROLL
     for (int r = 0; r < R; ++r) {
-      const Vec ar = broadcast(a[r * a_stride + k]);
+      const auto ar = lane_everywhere(a + r * a_stride + k);
       PDARTS_UNROLL
-      for (int j = 0; j < NV; ++j) acc[r][j] += ar * bk[j];
+      for (int j = 0; j < NV; ++j) acc[r][j] = multiply_add(acc[r][j], ar, bk[j]);
     }
   }
   PDARTS_UNROLL
@@ -53,8 +136,8 @@ PDARTS_INLINE void product_tile(const float* a, int64_t a_stride, const float* b
 }
 
 // The last R or fewer pixels, as tiles of R, R / 2, ... 1.
-template <int R, int NV, class Put>
-PDARTS_INLINE void product_rest(const float* a, int64_t a_stride, int64_t pixels, const float* b,
+template <int R, int NV, class E, class Put>
+PDARTS_INLINE void product_rest(const E* a, int64_t a_stride, int64_t pixels, const E* b,
                                 int64_t depth, int64_t pixel, int64_t block, Put put) {
   if (pixels >= R) {
     product_tile<R, NV>(a, a_stride, b, depth, pixel, block, put);
@@ -66,8 +149,8 @@ PDARTS_INLINE void product_rest(const float* a, int64_t a_stride, int64_t pixels
     product_rest<R / 2, NV>(a, a_stride, pixels, b, depth, pixel, block, put);
 }
 
-template <int NV, class Put>
-PDARTS_INLINE void product_panel(const float* a, int64_t a_stride, int64_t pixels, const float* b,
+template <int NV, class E, class Put>
+PDARTS_INLINE void product_panel(const E* a, int64_t a_stride, int64_t pixels, const E* b,
                                  int64_t depth, int64_t block, Put put) {
   constexpr int kRows = kTileRows<NV>;
   int64_t p = 0;
@@ -78,17 +161,18 @@ PDARTS_INLINE void product_panel(const float* a, int64_t a_stride, int64_t pixel
 }
 
 // put(pixel, channel block, sum_k a[pixel][k] B[k]) for a [pixels, depth] and packed B.
-template <class Put>
-PDARTS_INLINE void product(const float* a, int64_t a_stride, int64_t pixels, int64_t depth,
-                           const float* packed, int64_t columns, Put put) {
+template <class E, class Put>
+PDARTS_INLINE void product(const E* a, int64_t a_stride, int64_t pixels, int64_t depth,
+                           const E* packed, int64_t columns, Put put) {
   int64_t n = 0;
   for (; n + 2 * V <= columns; n += 2 * V, packed += depth * 2 * V)
     product_panel<2>(a, a_stride, pixels, packed, depth, n / V, put);
   if (n < columns) product_panel<1>(a, a_stride, pixels, packed, depth, n / V, put);
 }
 
-template <int R, int NV>
-PDARTS_INLINE void outer_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+// `a` and `b` as by_pixel gives them.
+template <int R, int NV, class E>
+PDARTS_INLINE void outer_tile(const E* a, int64_t a_stride, const E* b, int64_t b_stride,
                               int64_t pixels, float* out, int64_t out_stride) {
   Vec acc[R][NV];
   PDARTS_UNROLL
@@ -96,15 +180,15 @@ PDARTS_INLINE void outer_tile(const float* a, int64_t a_stride, const float* b, 
     PDARTS_UNROLL
     for (int j = 0; j < NV; ++j) acc[r][j] = Vec{};
   }
-  for (int64_t p = 0; p < pixels; ++p) {
-    Vec bp[NV];
+  for (int64_t p = 0; p < pixels; p += kPair<E>) {
+    decltype(lanes(b)) bp[NV];
     PDARTS_UNROLL
-    for (int j = 0; j < NV; ++j) bp[j] = load(b + p * b_stride + j * V);
+    for (int j = 0; j < NV; ++j) bp[j] = lanes(b + p * b_stride + j * V * kPair<E>);
     PDARTS_UNROLL
     for (int r = 0; r < R; ++r) {
-      const Vec ar = broadcast(a[p * a_stride + r]);
+      const auto ar = lane_everywhere(a + p * a_stride + r * kPair<E>);
       PDARTS_UNROLL
-      for (int j = 0; j < NV; ++j) acc[r][j] += ar * bp[j];
+      for (int j = 0; j < NV; ++j) acc[r][j] = multiply_add(acc[r][j], ar, bp[j]);
     }
   }
   PDARTS_UNROLL
@@ -117,32 +201,34 @@ PDARTS_INLINE void outer_tile(const float* a, int64_t a_stride, const float* b, 
   }
 }
 
-template <int NV>
-PDARTS_INLINE void outer_panel(const float* a, int64_t rows, const float* b, int64_t b_stride,
+template <int NV, class E>
+PDARTS_INLINE void outer_panel(const E* a, int64_t rows, const E* b, int64_t b_stride,
                                int64_t pixels, float* out, int64_t out_stride) {
   constexpr int kRows = kTileRows<NV>;
   int64_t i = 0;
   for (; i + kRows <= rows; i += kRows)
-    outer_tile<kRows, NV>(a + i, rows, b, b_stride, pixels, out + i * out_stride, out_stride);
+    outer_tile<kRows, NV>(a + i * kPair<E>, rows, b, b_stride, pixels, out + i * out_stride, out_stride);
   if (kRows > 8 && i + 8 <= rows) {
-    outer_tile<8, NV>(a + i, rows, b, b_stride, pixels, out + i * out_stride, out_stride);
+    outer_tile<8, NV>(a + i * kPair<E>, rows, b, b_stride, pixels, out + i * out_stride, out_stride);
     i += 8;
   }
   if (i + 4 <= rows) {
-    outer_tile<4, NV>(a + i, rows, b, b_stride, pixels, out + i * out_stride, out_stride);
+    outer_tile<4, NV>(a + i * kPair<E>, rows, b, b_stride, pixels, out + i * out_stride, out_stride);
     i += 4;
   }
   for (; i < rows; i += 2)
-    outer_tile<2, NV>(a + i, rows, b, b_stride, pixels, out + i * out_stride, out_stride);
+    outer_tile<2, NV>(a + i * kPair<E>, rows, b, b_stride, pixels, out + i * out_stride, out_stride);
 }
 
-// out [rows, columns] += sum over pixels of a[pixel][row] b[pixel][column]; rows is even.
-PDARTS_INLINE void outer(const float* a, int64_t rows, const float* b, int64_t columns,
-                         int64_t pixels, float* out) {
+// out [rows, columns] += sum over pixels of a[pixel][row] b[pixel][column]; rows is even. `a` and `b`
+// as by_pixel gives them.
+template <class E>
+PDARTS_INLINE void outer(const E* a, int64_t rows, const E* b, int64_t columns, int64_t pixels,
+                         float* out) {
   int64_t n = 0;
   for (; n + 2 * V <= columns; n += 2 * V)
-    outer_panel<2>(a, rows, b + n, columns, pixels, out + n, columns);
-  if (n < columns) outer_panel<1>(a, rows, b + n, columns, pixels, out + n, columns);
+    outer_panel<2>(a, rows, b + n * kPair<E>, columns, pixels, out + n, columns);
+  if (n < columns) outer_panel<1>(a, rows, b + n * kPair<E>, columns, pixels, out + n, columns);
 }
 
 }  // namespace PDARTS_VARIANT
