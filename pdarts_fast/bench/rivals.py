@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -75,21 +76,22 @@ class Rival:
         self.loss().backward()
 
 
-def make(stage: int, batch: int, backend: str) -> dict[str, Rival]:
-    """The rivals of a stage by name, on CIFAR-sized noise."""
+def make(stage: int, batch: int, backend: str, *, published: bool = True) -> dict[str, Rival]:
+    """The rivals of a stage by name, on CIFAR-sized noise, with the published graph or without."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, 32, 32, generator=generator)
     labels = torch.arange(batch) % 10
     last = images.to(memory_format=torch.channels_last)
+    rivals: dict[str, Rival] = {}
+    if published:
+        plain = network(stage, "reference")
+        channels_last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+        rivals[PUBLISHED] = Rival(plain, images, labels)
+        rivals[PUBLISHED_LAST] = Rival(channels_last, last, labels)
     fused = network(stage, backend)
-    published = network(stage, "reference")
-    channels_last = copy.deepcopy(published).to(memory_format=torch.channels_last)
-    return {
-        PUBLISHED: Rival(published, images, labels),
-        PUBLISHED_LAST: Rival(channels_last, last, labels),
-        backend: Rival(fused, last, labels),
-        f"{backend} amp": Rival(copy.deepcopy(fused), last, labels, amp=True),
-    }
+    rivals[backend] = Rival(fused, last, labels)
+    rivals[f"{backend} amp"] = Rival(copy.deepcopy(fused), last, labels, amp=True)
+    return rivals
 
 
 def published_bilevel(rival: Rival, config: SearchConfig) -> Callable[[], None]:
@@ -112,7 +114,8 @@ def published_bilevel(rival: Rival, config: SearchConfig) -> Callable[[], None]:
 
 
 def own_steps(rival: Rival, config: SearchConfig) -> tuple[Callable[[], None], Callable[[], None]]:
-    """This program's alpha step and weight step."""
+    """This program's alpha step and weight step, in the precision of the rival."""
+    config = dataclasses.replace(config, amp=rival.amp)
     step = SearchStep(rival.network, config, torch.device("cpu"))
     return (
         lambda: step.alpha_step(rival.images, rival.labels, 0),

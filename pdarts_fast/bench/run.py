@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,13 +16,20 @@ from rich.table import Table
 from pdarts_fast.bench import accuracy, measure, primitives, rivals
 from pdarts_fast.bench.predict import run_predict
 from pdarts_fast.config import SearchConfig
+from pdarts_fast.data.memory import available_memory
 from pdarts_fast.errors import UsageError
 from pdarts_fast.kernels import backends
 from pdarts_fast.kernels import cell as fused
 from pdarts_fast.run.environment import cpu_name, usable_cores, versions
 
+log = logging.getLogger(__name__)
+
 # A CIFAR-10 search: steps an epoch, epochs with weights only, epochs with both steps; batch 96.
 STEPS, WEIGHT_EPOCHS, BOTH_EPOCHS, BATCH = 261, 10, 15, 96
+
+# Memory of a process that times the published graph in both layouts, over what one of them saves
+# for backward (15 GB for 3.6 GB, glibc).
+_MEMORY_FACTOR = 4.5
 
 
 @dataclass(frozen=True)
@@ -62,9 +70,25 @@ def _check(options: BenchOptions) -> None:
     backends.check(options.backend)
 
 
+def _fits(stage: int, batch: int) -> bool:
+    """Whether there is memory for the published graph; says so if not."""
+    small = rivals.make(stage, 2, backends.REFERENCE)[rivals.PUBLISHED]
+    needed = measure.saved_bytes(small.network, small.loss) // 2 * batch * _MEMORY_FACTOR
+    available = available_memory()
+    if available is None or needed <= available:
+        return True
+    log.warning(
+        "stage %d at batch %d: the published graph is left out, it needs about %.0f GB of memory "
+        "and %.0f GB are free; use a smaller --batch to compare",
+        *(stage, batch, needed / 1e9, available / 1e9),
+    )
+    return False
+
+
 def _stage(options: BenchOptions, stage: int, batch: int, repeats: int) -> dict[str, Any]:
-    """All numbers of one stage."""
-    made = rivals.make(stage, batch, options.backend)
+    """All numbers of one stage; of the published graph as well where its memory is there."""
+    with_published = _fits(stage, batch)
+    made = rivals.make(stage, batch, options.backend, published=with_published)
     own = made[options.backend]
     saved = {name: measure.saved_bytes(r.network, r.loss) for name, r in made.items()}
     calls = {name: rival.forward_backward for name, rival in made.items()}
@@ -84,7 +108,7 @@ def _stage(options: BenchOptions, stage: int, batch: int, repeats: int) -> dict[
         "amp alpha step": amp_alpha,
         "amp weight step": amp_weight,
     }
-    if not options.quick:
+    if with_published and not options.quick:
         published = rivals.published_bilevel(made[rivals.PUBLISHED], config)
         steps["published bilevel step"] = published
     timed = measure.interleaved(steps, repeats)
@@ -125,13 +149,13 @@ def _print_stage(console: Console, options: BenchOptions, result: dict[str, Any]
         table.add_column(heading, justify="left" if heading == "forward + backward" else "right")
     for name, timing in passes.items():
         ratios = [
-            passes[rival]["median"] / timing["median"]
+            f"{passes[rival]['median'] / timing['median']:.1f}×" if rival in passes else "–"
             for rival in (rivals.PUBLISHED, rivals.PUBLISHED_LAST)
         ]
         table.add_row(
             name,
             f"{timing['median'] * 1e3:.0f}",
-            *(f"{ratio:.1f}×" for ratio in ratios),
+            *ratios,
             f"{result['saved_bytes'][name] / 2**20:.0f}",
         )
     console.print(table)
@@ -184,6 +208,7 @@ def run_bench(options: BenchOptions) -> dict[str, Any]:
         result = _stage(options, stage, batch, repeats)
         if options.accuracy:
             result["errors"] = accuracy.errors(stage, min(batch, 8), options.backend)
+        measure.release_memory()
         report["stages"].append(result)
         _print_stage(console, options, result)
         for name, found in result.get("errors", {}).items():

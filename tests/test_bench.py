@@ -1,0 +1,58 @@
+"""The bench command at a size that takes seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pdarts_fast.bench import rivals, run
+from pdarts_fast.kernels import backends
+
+needs_cpu = pytest.mark.skipif(
+    not backends.available()["cpu"].usable, reason="needs the compiled kernels"
+)
+
+
+@needs_cpu
+def test_reports_every_rival(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "bench.json"
+    options = run.BenchOptions(stages=(1,), batch=2, repeats=1, accuracy=False, json=output)
+    run.run_bench(options)
+    (stage,) = json.loads(output.read_text())["stages"]
+    assert set(stage["passes"]) == {rivals.PUBLISHED, rivals.PUBLISHED_LAST, "cpu", "cpu amp"}
+    assert all(timing["median"] > 0 for timing in stage["passes"].values())
+    assert stage["saved_bytes"]["cpu amp"] < stage["saved_bytes"]["cpu"]
+    assert stage["saved_bytes"]["cpu"] < stage["saved_bytes"][rivals.PUBLISHED] / 4
+    assert "published bilevel step" in stage["steps"]
+    assert "projected" not in capsys.readouterr().out
+
+
+@needs_cpu
+def test_leaves_the_published_graph_out_where_memory_is_short(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(run, "available_memory", lambda: 10**8)
+    options = run.BenchOptions(stages=(1,), batch=2, repeats=1, accuracy=False)
+    report = run.run_bench(options)
+    assert set(report["stages"][0]["passes"]) == {"cpu", "cpu amp"}
+    assert "stage 1 at batch 2: the published graph is left out" in caplog.text
+    assert "–" in capsys.readouterr().out
+
+
+def test_amp_steps_compute_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    real = rivals.SearchStep
+
+    def watched(network, config, device):  # type: ignore[no-untyped-def]
+        seen.append(config.amp)
+        return real(network, config, device)
+
+    monkeypatch.setattr(rivals, "SearchStep", watched)
+    made = rivals.make(1, 2, backends.REFERENCE, published=False)
+    for rival in made.values():
+        rivals.own_steps(rival, run.SearchConfig())
+    assert seen == [False, True]
