@@ -237,7 +237,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 # What several processes can do together.
-SHARED_COMMANDS = ("search", "train")
+SHARED_COMMANDS = ("search", "train", "select")
 
 
 def usage() -> str:

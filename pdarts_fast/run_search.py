@@ -16,7 +16,7 @@ from pdarts_fast.capture.cuda import check_cuda_graphs
 from pdarts_fast.config import SearchConfig, differing, preset, validate
 from pdarts_fast.data import Dataset, load_dataset, split_indices
 from pdarts_fast.distributed import Ranks, joined
-from pdarts_fast.errors import RunError, UsageError
+from pdarts_fast.errors import RunError
 from pdarts_fast.kernels import backends
 from pdarts_fast.run.clock import REPORT, Clock
 from pdarts_fast.run.directory import RunDirectory, default_run_dir, read_config, require_usable
@@ -74,8 +74,6 @@ def run_search(config: SearchConfig) -> Path:
 def _check(config: SearchConfig, path: Path, ranks: Ranks) -> torch.device:
     """The device, after the checks that need no data."""
     check_batch_size(config.batch_size, ranks.size)
-    if ranks.size > 1:
-        _require_shareable(config)
     require_usable(path, resume=config.resume, overwrite=config.overwrite)
     if config.resume:
         _require_same_settings(config, path)
@@ -87,16 +85,6 @@ def _check(config: SearchConfig, path: Path, ranks: Ranks) -> torch.device:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     return device
-
-
-def _require_shareable(config: SearchConfig) -> None:
-    """Refuse what decides by losses of batches that each process has only a part of."""
-    for flag, chosen in (
-        ("--strategy opp", config.strategy == "opp"),
-        ("--select perturbation", config.select == "perturbation"),
-    ):
-        if chosen:
-            raise UsageError(f"{flag} runs in one process: start it without torchrun")
 
 
 def _load(config: SearchConfig) -> Dataset:
@@ -121,7 +109,7 @@ def _run(
     dataset = load_on_all(ranks, config.download, lambda: _load(config))
     resumed = path if config.resume else None
     costs = ranks.first(lambda: make_costs(config, dataset.num_classes, device, resumed))
-    run = open_run(ranks, path, config)
+    run = open_run(ranks, path, resume=config.resume, overwrite=config.overwrite)
     try:
         with StopRequest(ranks.agree if ranks.size > 1 else None) as stop:
             if costs is not None and run.writes:
@@ -189,9 +177,11 @@ def _select(
     ranks: Ranks,
 ) -> Derivation:
     """Let a selection on the last supernet take the place of the result by alphas."""
-    started = (run.path / SELECTION_FOLDER / "config.json").is_file()
+    started = ranks.first(lambda: (run.path / SELECTION_FOLDER / "config.json").is_file())
     resume = config.resume and started
-    result = select(config, dataset, run.path, device, stop, resume=resume, overwrite=not resume)
+    result = select(
+        config, dataset, run.path, device, stop, ranks, resume=resume, overwrite=not resume
+    )
     return write_genotypes(run, ranks, result, config.max_skips)
 
 

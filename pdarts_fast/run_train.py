@@ -108,7 +108,7 @@ def _run(
         config.download,
         lambda: open_data(config, device, shard=ranks.shard),
     )
-    run = open_run(ranks, path, config, [METRICS])
+    run = open_run(ranks, path, resume=config.resume, overwrite=config.overwrite, logs=[METRICS])
     try:
         with StopRequest(ranks.agree if ranks.size > 1 else None) as stop:
             progress = _train(config, genotype, data, run, device, stop, ranks, clock)

@@ -34,9 +34,9 @@ from pdarts_fast.search_state import (
     restore_random,
     save_state,
 )
-from pdarts_fast.shared_step import collect_state, share_step
+from pdarts_fast.shared_step import collect_state, require_same, share_step
 from pdarts_fast.step import WEIGHTS, Meter, SearchStep
-from pdarts_fast.strategies.base import Strategy
+from pdarts_fast.strategies.base import Strategy, Trials
 from pdarts_fast.supernet import Network
 
 
@@ -187,18 +187,21 @@ class Search(RunLoop[SearchStep, SearchConfig]):
         position = self.state.position
         if position.step == 0:
             start = time.perf_counter()
-            changes = self._write_records(
-                self.strategy.begin_epoch(position.epoch, step, self._trial, self._raise_if_stopped)
-            )
+            trials = Trials(self._trial_batches, self.ranks, self._settle_and_raise)
+            changes = self._write_records(self.strategy.begin_epoch(position.epoch, step, trials))
             if changes:
+                require_same(step.network, self.ranks)
                 step.invalidate()
             position.stage_seconds += time.perf_counter() - start
         self.strategy.set_epoch(position.epoch)
         rates = self._rates()
         step.set_epoch(rates["lr"], rates["dropout"])
 
-    def _trial(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return self._loader("trials", self._weight_indices).epoch(number)
+    def _trial_batches(self, number: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+        loader = self._loader("trials", self._weight_indices)
+        counts = self.ranks.shard.own_of_batches(loader.num_images, self.config.batch_size)
+        for own, (images, labels) in zip(counts, loader.epoch(number), strict=True):
+            yield images, labels, own
 
     def _write_records(self, records: Iterable[dict[str, Any]]) -> int:
         """Write what a strategy has to say; how many records that was."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass
 
@@ -10,8 +11,10 @@ from torch import nn
 
 from pdarts_fast.config import SearchConfig
 from pdarts_fast.data import Augmentation, Dataset, Loader, ResidentLoader, split_indices
+from pdarts_fast.distributed import SINGLE, Ranks
 from pdarts_fast.errors import RunError
 from pdarts_fast.genotype import Genotype
+from pdarts_fast.meter import CORRECT, IMAGES, LOSS
 from pdarts_fast.run.checkpoint import random_state, set_random_state
 from pdarts_fast.run.directory import RunDirectory
 from pdarts_fast.run.metrics import MetricsLog
@@ -20,6 +23,7 @@ from pdarts_fast.run.resume import load_matching
 from pdarts_fast.run.signals import Interrupted, StopRequest
 from pdarts_fast.search_space import Switches
 from pdarts_fast.settings import to_json
+from pdarts_fast.shared_step import collect_state, require_same, share_step
 from pdarts_fast.step import WEIGHTS, Meter, SearchStep
 from pdarts_fast.strategies.dirichlet import DirichletMixing
 from pdarts_fast.strategies.perturbation import (
@@ -67,6 +71,7 @@ class Selection:
         run: Open run directory of the selection; holds the checkpoint to go on from, if any.
         device: Where the supernet runs.
         display: What the user sees.
+        ranks: The processes that make this selection together.
 
     Raises:
         RunError: The checkpoint belongs to other settings or other images.
@@ -84,11 +89,13 @@ class Selection:
         run: RunDirectory,
         device: torch.device,
         display: Display,
+        ranks: Ranks = SINGLE,
     ) -> None:
         self.config = config
         self.run_dir = run
         self.device = device
         self.display = display
+        self.ranks = ranks
         self._dataset = dataset
         self._facts = dataset.facts(config.dataset)
         self._halves = split_indices(len(dataset.train), config.data_split)
@@ -102,6 +109,7 @@ class Selection:
         self.decisions: list[Decision] = []
         self._stop = StopRequest()
         self.resumed = self._load()
+        share_step(self.step, ranks)
         self.metrics = MetricsLog(run.metrics, None)
 
     def run(self, stop: StopRequest) -> Genotype:
@@ -127,9 +135,11 @@ class Selection:
             tuning,
             self.progress.global_step,
         )
-        train, validation = self._loader("weights", 0), self._loader("alphas", 1)
+        train, alphas = self._loader("weights", 0), self._loader("alphas", 1)
+        validation = self.ranks.without_repeats(alphas, self.config.batch_size)
         while self.progress.round < len(self.rounds):
             self._run_round(train, validation)
+        require_same(self.step.network, self.ranks)
         return cell_of(self.decisions)
 
     def _run_round(self, train: Loader, validation: Loader) -> None:
@@ -181,19 +191,29 @@ class Selection:
 
     @torch.no_grad()
     def _score(self, validation: Loader) -> Score:
-        """The supernet as it stands, in evaluation mode, on the same images for every candidate."""
+        """The supernet as it stands, in evaluation mode, on the same images for every candidate.
+
+        Every image counts once, on whichever rank it is, so all ranks get the same score.
+        """
         meter = Meter(self.device)
         self.step.network.eval()
         for images, labels in validation.epoch(self.progress.round):
-            loss, logits = self.step.forward(images, labels)
-            meter.add(WEIGHTS, loss, logits, labels)
-            if self._stop.signum is not None:
-                raise Interrupted(self._stop.signum)
+            if len(labels):
+                loss, logits = self.step.forward(images, labels)
+                meter.add(WEIGHTS, loss, logits, labels)
+            self._stop.settle()
+            self._raise_if_stopped()
         self.step.network.train()
-        found = meter.read()[WEIGHTS]
-        if found.loss is None or found.accuracy is None or found.loss != found.loss:
-            raise RunError("the loss of the supernet is not finite: it cannot be selected from")
-        return Score(found.accuracy, found.loss)
+        found = self.ranks.total(meter.sums[WEIGHTS]).tolist()
+        loss_sum, correct, count = found[LOSS], found[CORRECT], found[IMAGES]
+        if not math.isfinite(loss_sum):
+            message = "the loss of the supernet is not finite: it cannot be selected from"
+            raise self.ranks.agreed(RunError(message))
+        return Score(correct / count, loss_sum / count)
+
+    def _raise_if_stopped(self) -> None:
+        if self._stop.signum is not None:
+            raise Interrupted(self._stop.signum)
 
     def _tune_epoch(self, train: Loader) -> None:
         """An epoch of the weights at a constant, small learning rate, without skip dropout."""
@@ -208,15 +228,16 @@ class Selection:
             progress.global_step += 1
             progress.epoch_seconds += time.perf_counter() - start
             self.display.advance()
+            self._stop.settle()
             stopped = self._stop.signum is not None
             if stopped or (interval > 0 and progress.step % interval == 0):
                 self._save()
-            if self._stop.signum is not None:
-                raise Interrupted(self._stop.signum)
+            self._raise_if_stopped()
 
     def _write_tuning(self) -> None:
         """The record of a tuning epoch whose steps are all done."""
         seconds, self.progress.epoch_seconds = self.progress.epoch_seconds, 0.0
+        self.ranks.collect(self.step.epoch_meter.sums)
         found = self.step.epoch_meter.read()[WEIGHTS]
         self.step.epoch_meter.reset()
         self.metrics.write(
@@ -233,12 +254,14 @@ class Selection:
         )
 
     def _save(self) -> None:
-        bad = int(self.step.first_bad_step)
+        bad = self.ranks.agree(self.step.bad_step())
         if bad >= 0:
-            raise RunError(
+            message = (
                 f"the loss or gradient of tuning step {bad} is not finite; the last good "
                 f"checkpoint is in {self.run_dir.path / 'checkpoints'}"
             )
+            raise self.ranks.agreed(RunError(message))
+        collect_state(self.step, self.ranks)
         self.run_dir.checkpoints.save(
             {
                 "settings": to_json(self.config),
@@ -277,6 +300,8 @@ class Selection:
             stream=f"select-{half}",
             shuffle=True,
             device=self.device,
+            rank=self.ranks.rank,
+            world_size=self.ranks.size,
         )
 
 

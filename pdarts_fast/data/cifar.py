@@ -58,6 +58,11 @@ _VARIANTS = {
 }
 
 
+def class_count(name: str) -> int:
+    """Classes of ``cifar10`` or ``cifar100``."""
+    return _VARIANTS[name].num_classes
+
+
 def load_cifar(
     name: str, folder: Path, *, image_size: int, download: bool, checksum: bool
 ) -> Dataset:

@@ -13,6 +13,7 @@ from pdarts_fast.data.base import (
 )
 from pdarts_fast.data.memory import require_memory
 
+NUM_CLASSES = 10
 _MAX_PIXEL = 16
 
 
@@ -38,7 +39,7 @@ def load_digits(image_size: int) -> Dataset:
     require_memory("digits", len(labels), image_size)
     grey = torch.from_numpy(bunch.images).mul(255 / _MAX_PIXEL).round().to(torch.uint8)
     images = resize_images(grey[:, None].expand(-1, 3, -1, -1).contiguous(), image_size)
-    classes = tuple(str(digit) for digit in range(10))
+    classes = tuple(str(digit) for digit in range(NUM_CLASSES))
     train, test = (
         ImageData("digits", images[rows], torch.tensor(labels)[rows], classes)
         for rows in map(torch.from_numpy, stratified_split(labels, [*map(str, range(len(labels)))]))

@@ -55,6 +55,11 @@ class Shard:
         size = self.size(images)
         return max(0, min(size, images - self.rank * size))
 
+    def own_of_batches(self, images: int, batch_size: int) -> list[int]:
+        """`own` of every batch of an epoch of so many images."""
+        starts = range(0, images, batch_size)
+        return [self.own(min(batch_size, images - start)) for start in starts]
+
     def places(self, first: int, stop: int) -> np.ndarray:
         """This rank's places of the batch that holds places ``first..stop - 1``: int64 ``[n]``."""
         size = self.size(stop - first)
@@ -78,7 +83,6 @@ class WithoutRepeats:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields batches as `Loader` does."""
-        for index, (images, labels) in enumerate(self._loader.epoch(epoch, start), start):
-            batch = min(self._batch_size, self.num_images - index * self._batch_size)
-            own = self._shard.own(batch)
+        counts = self._shard.own_of_batches(self.num_images, self._batch_size)[start:]
+        for own, (images, labels) in zip(counts, self._loader.epoch(epoch, start), strict=True):
             yield images[:own], labels[:own]

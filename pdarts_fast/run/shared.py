@@ -73,14 +73,20 @@ class _FollowingDirectory(RunDirectory):
 
 
 def open_run(
-    ranks: Ranks, path: Path, config: Settings, logs: Sequence[str] = (METRICS, ALPHAS)
+    ranks: Ranks,
+    path: Path,
+    *,
+    resume: bool,
+    overwrite: bool,
+    logs: Sequence[str] = (METRICS, ALPHAS),
 ) -> RunDirectory:
     """Opens the run directory of a command on all ranks.
 
     Args:
         ranks: All processes of the run; each gets its own view.
         path: The folder.
-        config: Settings with ``resume`` and ``overwrite``.
+        resume: Whether to go on with the run in it.
+        overwrite: Whether to replace the run in it.
         logs: Files of JSON lines that the run writes.
 
     Raises:
@@ -88,8 +94,7 @@ def open_run(
     """
 
     def real() -> RunDirectory:
-        options = {name: getattr(config, name) for name in ("resume", "overwrite")}
-        run = RunDirectory(path, logs=logs, **options)
+        run = RunDirectory(path, resume=resume, overwrite=overwrite, logs=logs)
         run.mark(ranks.launch.identity)
         return run
 
@@ -125,8 +130,11 @@ def for_this_attempt(launch: Launch, config: S) -> S:
         raise UsageError(
             "torchrun --max-restarts needs --run-dir DIR: a restart goes on with the run there"
         )
-    if not launch.restarts or run_dir is None:
-        return config
-    if launch_of(run_dir) != launch.identity:
+    if run_dir is None or not restarted_in(launch, run_dir):
         return config
     return dataclasses.replace(config, resume=True, overwrite=False)  # type: ignore[call-arg]
+
+
+def restarted_in(launch: Launch, path: Path) -> bool:
+    """Whether torchrun has started the processes again and an attempt before wrote into `path`."""
+    return bool(launch.restarts) and launch_of(path) == launch.identity

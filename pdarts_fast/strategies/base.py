@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pdarts_fast import schedule, search_space
 from pdarts_fast.config import SearchConfig
+from pdarts_fast.distributed import Ranks
 from pdarts_fast.search_space import Alphas, Derivation, Switches
 from pdarts_fast.strategies.beta_decay import BetaDecay, beta_weight
 from pdarts_fast.strategies.dirichlet import DirichletMixing
@@ -40,7 +41,20 @@ class Trainer(Protocol):
         """Mean cross-entropy (scalar) and logits of a batch."""
 
 
-TrialBatches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
+@dataclass(frozen=True)
+class Trials:
+    """What a strategy measures a supernet with, together with the other ranks of the search.
+
+    Attributes:
+        batches: ``batches(n)``: pass n over the augmented weight half. Gives images, labels and how
+            many of them, the first ones, count; the others are another rank's too.
+        ranks: The processes that see a part of each batch.
+        check_stop: To call after every batch; raises if the search was asked to stop.
+    """
+
+    batches: Callable[[int], Iterator[tuple[Tensor, Tensor, int]]]
+    ranks: Ranks
+    check_stop: Callable[[], None]
 
 
 @dataclass
@@ -106,16 +120,13 @@ class Strategy:
         """bool [k] of alpha columns that count, or None for all."""
         return None
 
-    def begin_epoch(
-        self, epoch: int, trainer: Trainer, batches: TrialBatches, check_stop: Callable[[], None]
-    ) -> Iterator[Record]:
+    def begin_epoch(self, epoch: int, trainer: Trainer, trials: Trials) -> Iterator[Record]:
         """Change the supernet where an epoch begins, before its first step.
 
         Args:
             epoch: 0-based epoch of the stage.
             trainer: The stage in training.
-            batches: ``batches(n)``: pass n over the augmented weight half.
-            check_stop: To call often; raises if the search was asked to stop.
+            trials: What it may be measured with.
 
         Yields:
             Records for metrics.jsonl without stage, epoch and step.

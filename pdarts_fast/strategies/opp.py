@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pdarts_fast.config import SearchConfig
 from pdarts_fast.data.plan import keyed_generator
@@ -24,7 +25,7 @@ from pdarts_fast.errors import RunError
 from pdarts_fast.genotype import PRIMITIVES
 from pdarts_fast.operations import OPS
 from pdarts_fast.search_space import CELL_TYPES, Switches
-from pdarts_fast.strategies.base import Record, Strategy, Trainer, TrialBatches
+from pdarts_fast.strategies.base import Record, Strategy, Trainer, Trials
 from pdarts_fast.strategies.rules import OPP_ADDITIONS
 from pdarts_fast.supernet import ALPHA_SCALE, Cell, MixedOp, Network
 
@@ -132,29 +133,37 @@ def reset_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 
 @torch.no_grad()
-def trial_loss(
-    trainer: Trainer,
-    batches: Iterator[tuple[Tensor, Tensor]],
-    check_stop: Callable[[], None],
-) -> float:
-    """Mean cross-entropy over some batches with batch statistics; running statistics stay."""
+def trial_loss(trainer: Trainer, trials: Trials, number: int) -> float:
+    """Mean cross-entropy over a pass with batch statistics; running statistics stay.
+
+    Every image counts once, on whichever rank it is, so all ranks get the same value.
+
+    Args:
+        trainer: Its network is measured as it stands.
+        trials: Gives the batches.
+        number: Which pass.
+
+    Raises:
+        RunError: It is not finite.
+    """
     network = trainer.network
     kept = [buffer.clone() for buffer in network.buffers()]
-    total: Tensor | float = 0.0
-    images_seen = 0
-    for images, labels in batches:
-        loss, _ = trainer.forward(images, labels)
-        total = total + loss.double() * len(labels)
-        images_seen += len(labels)
-        check_stop()
+    losses, images_seen = [], 0
+    for images, labels, own in trials.batches(number):
+        _, logits = trainer.forward(images, labels)
+        losses.append(
+            functional.cross_entropy(logits[:own].double(), labels[:own], reduction="sum")
+        )
+        images_seen += own
+        trials.check_stop()
     for buffer, value in zip(network.buffers(), kept, strict=True):
         buffer.copy_(value)
-    mean = float(total) / images_seen
-    if not math.isfinite(mean):
-        raise RunError(
-            "a trial of --strategy opp has a loss that is not finite: try a smaller --lr"
-        )
-    return mean
+    total = torch.stack(losses).sum()
+    loss, count = trials.ranks.total(torch.stack([total, total.new_tensor(images_seen)])).tolist()
+    if not math.isfinite(loss):
+        message = "a trial of --strategy opp has a loss that is not finite: try a smaller --lr"
+        raise trials.ranks.agreed(RunError(message))
+    return loss / count
 
 
 class Opp(Strategy):
@@ -181,9 +190,7 @@ class Opp(Strategy):
     def _active_columns(self, network: Network) -> Tensor | None:
         return self._mixing.active
 
-    def begin_epoch(
-        self, epoch: int, trainer: Trainer, batches: TrialBatches, check_stop: Callable[[], None]
-    ) -> Iterator[Record]:
+    def begin_epoch(self, epoch: int, trainer: Trainer, trials: Trials) -> Iterator[Record]:
         addition = len(self.order)
         if due_additions(self.config, epoch) <= addition:
             return
@@ -194,7 +201,7 @@ class Opp(Strategy):
             for name in candidates:
                 renew(trainer.network, name, self.config.seed, addition)
                 self._mixing.set([*self.order, name])
-                losses[name] = trial_loss(trainer, batches(addition), check_stop)
+                losses[name] = trial_loss(trainer, trials, addition)
         chosen = max(candidates, key=lambda name: losses.get(name, 0.0))
         renew(trainer.network, chosen, self.config.seed, addition)
         self.order.append(chosen)

@@ -30,6 +30,7 @@ from pdarts_fast.sweep.plan import Plan, PlannedRun, extend_plan, make_plan
 from pdarts_fast.sweep.process import CHILD
 from pdarts_fast.sweep.ray_runner import DEFAULT_RETRIES, RayRunner, require_ray
 from pdarts_fast.sweep.runner import LocalRunner
+from pdarts_fast.sweep.targets import check_targets
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ def run_sweep(options: SweepOptions, program: Sequence[str] = CHILD) -> int:
     path, plan = _plan(options)
     folder = SweepDirectory(path)
     _check_runs(plan, on_ray=options.ray is not None)
+    check_targets(plan.runs, folder.run_dir, on_ray=options.ray is not None)
     folder.open()
     try:
         if not (options.resume and folder.has_plan and folder.read_plan() == plan):

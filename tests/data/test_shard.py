@@ -30,3 +30,13 @@ def test_a_batch_that_divides_is_cut_into_contiguous_parts_without_repeats() -> 
 def test_numbers_out_of_range_are_refused(rank: int, size: int) -> None:
     with pytest.raises(ValueError, match="must be"):
         Shard(rank, size)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("images", [0, 1, 5, 12, 13])
+def test_own_images_of_all_batches_are_all_images(images: int, world_size: int) -> None:
+    parts = [Shard(rank, world_size).own_of_batches(images, 6) for rank in range(world_size)]
+    assert {len(part) for part in parts} == {-(-images // 6)}
+    assert [sum(batch) for batch in zip(*parts, strict=True)] == [
+        min(6, images - start) for start in range(0, images, 6)
+    ]

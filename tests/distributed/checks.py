@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +26,8 @@ from pdarts_fast.errors import RunError, UsageError
 from pdarts_fast.launch import should_print
 from pdarts_fast.skip_dropout import DropoutControl
 from pdarts_fast.step import SearchStep
+from pdarts_fast.strategies.base import Trials
+from pdarts_fast.strategies.opp import trial_loss
 
 CPU = torch.device("cpu")
 CHECKS: dict[str, Callable[[Ranks], None]] = {}
@@ -227,6 +229,25 @@ def an_evaluation_shows_each_image_once(ranks: Ranks) -> None:
         wanted = torch.cat([labels for _, labels in loader(SINGLE, count, 6).epoch(2)])
         got = sorted(x for labels in ranks.gather(mine.tolist()) for x in labels)
         assert got == sorted(wanted.tolist()), count
+
+
+@check
+def a_trial_counts_each_image_once_and_all_ranks_get_its_loss(ranks: Ranks) -> None:
+    step = SearchStep(Smooth(), SearchConfig(), CPU)  # type: ignore[arg-type]
+
+    def loss(those: Ranks, count: int) -> float:
+        def batches(number: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+            part = loader(those, count, 6)
+            own = those.shard.own_of_batches(count, 6)
+            for images, (pixels, labels) in zip(own, part.epoch(number), strict=True):
+                yield pixels, labels, images
+
+        return trial_loss(step, Trials(batches, those, lambda: None), 2)
+
+    for count in (1, 2, 3, 9, 16):
+        found = loss(ranks, count)
+        assert found == pytest.approx(loss(SINGLE, count), rel=1e-14), count
+        assert ranks.gather(found) == [found, found]
 
 
 def main(folder: Path) -> None:

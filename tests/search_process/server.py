@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from pdarts_fast import cli, run_search, run_train, search
+from pdarts_fast import cli, run_search, run_select, run_train, search, selection
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -60,7 +60,7 @@ def run(job: dict[str, Any]) -> NoReturn:
     for module, name, replacement in TOYS if job["toy"] else ():
         setattr(importlib.import_module(module), name, replacement)
     if job["toy"]:
-        search.Network = getattr(toy_network, job["network"])
+        search.Network = selection.Network = getattr(toy_network, job["network"])
     if job["kill"] is not None:
         place, call, when = job["kill"]
         watch(place, kill_at(place, call, when))
@@ -164,6 +164,8 @@ def write_report(run_dir: Path, *, train_command: str | None = None) -> Path:
 TOYS = [
     (run_search.__name__, "draw_genotype", draw),
     (run_search.__name__, "write_report", write_report),
+    (run_select.__name__, "draw_genotype", draw),
+    (run_select.__name__, "write_report", write_report),
     (run_train.__name__, "draw_genotype", draw),
     (run_train.__name__, "write_train_report", write_report),
 ]

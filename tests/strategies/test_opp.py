@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from pdarts_fast.alphas import load_alphas
 from pdarts_fast.config import SearchConfig, preset
 from pdarts_fast.data import Augmentation, ResidentLoader, split_indices
+from pdarts_fast.distributed import SINGLE
 from pdarts_fast.errors import RunError
 from pdarts_fast.genotype import PRIMITIVES, check_genotype, load_genotype
 from pdarts_fast.search_space import derive
 from pdarts_fast.step import SearchStep
+from pdarts_fast.strategies.base import Trials
 from pdarts_fast.strategies.opp import (
     FIRST_OPS,
     TRIED_OPS,
@@ -43,11 +45,14 @@ def network(one_thread: None) -> Network:
     return Network(2, 10, 3, F.cross_entropy, backend="reference")
 
 
-def batches(_: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(_: int = 0) -> Iterator[tuple[Tensor, Tensor, int]]:
     generator = torch.Generator().manual_seed(3)
     for size in (6, 4):
         images = torch.randn(size, 3, 8, 8, generator=generator)
-        yield images, torch.randint(10, (size,), generator=generator)
+        yield images, torch.randint(10, (size,), generator=generator), size
+
+
+TRIALS = Trials(batches, SINGLE, lambda: None)
 
 
 def test_the_papers_schedule_adds_seven_operations_by_epoch_14() -> None:
@@ -123,7 +128,7 @@ def trial_losses(network: Network, ops: list[str]) -> Iterator[float]:
     step = SearchStep(network, SearchConfig(), CPU)
     for op in ops:
         mixing.set([op])
-        yield trial_loss(step, batches(), lambda: None)
+        yield trial_loss(step, TRIALS, 0)
 
 
 def test_a_trial_uses_batch_statistics_and_changes_nothing(network: Network) -> None:
@@ -134,7 +139,7 @@ def test_a_trial_uses_batch_statistics_and_changes_nothing(network: Network) -> 
         assert torch.equal(value, before[name]), name
     total = 0.0
     with torch.no_grad():
-        for images, labels in batches():
+        for images, labels, _ in batches():
             total += F.cross_entropy(network(images), labels).item() * len(labels)
     assert network.training
     assert losses[0] == pytest.approx(total / 10, rel=1e-6)
@@ -235,15 +240,15 @@ def test_an_addition_resets_the_optimisers_and_keeps_the_rest(tools: Any, one_th
     network = Network(2, 10, 3, F.cross_entropy, backend="reference")
     strategy.start_stage(network, {}, resumed=False)
     step = SearchStep(network, config, CPU, strategy.alpha_term)
-    list(strategy.begin_epoch(0, step, batches, lambda: None))
+    list(strategy.begin_epoch(0, step, TRIALS))
     assert len(strategy.order) == 1
-    for number, (images, labels) in enumerate(batches()):
+    for number, (images, labels, _) in enumerate(batches()):
         step.alpha_step(images, labels, number)
         step.weight_step(images, labels, number)
-    assert not list(strategy.begin_epoch(0, step, batches, lambda: None))
+    assert not list(strategy.begin_epoch(0, step, TRIALS))
     kept = {name: value.clone() for name, value in network.state_dict().items()}
     assert any(s["momentum_buffer"].abs().max() > 0 for s in step.weight_optimizer.state.values())
-    list(strategy.begin_epoch(1, step, batches, lambda: None))
+    list(strategy.begin_epoch(1, step, TRIALS))
     added = PRIMITIVES.index(strategy.order[1])
     for optimizer in (step.weight_optimizer, step.alpha_optimizer):
         for state in optimizer.state.values():

@@ -149,7 +149,8 @@ begun = time.time()
 gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
 print("begins", flush=True)
 attempt = len(list(run.glob("attempt-*")))
-call = {"words": words, "gpu": gpu, "pid": os.getpid()}
+raylet = os.environ.get("RAY_RAYLET_PID")
+call = {"words": words, "gpu": gpu, "pid": os.getpid(), "raylet": raylet}
 (run / f"attempt-{attempt}").write_text(json.dumps(call))
 what = behaviour.get(run.name, behaviour.get("all", []))
 if attempt < len(what):
@@ -161,7 +162,7 @@ if attempt < len(what):
     if step == "fail":
         print("pdarts-fast: error: the loss is not finite", flush=True)
         sys.exit(1)
-deadline = time.time() + 30
+deadline = time.time() + 60
 while len(list(run.parent.glob("*/attempt-*"))) < behaviour.get("meet", 0):
     if time.time() > deadline:
         sys.exit("nobody came")
@@ -193,7 +194,7 @@ class StandIn:
         self.path.with_suffix(".json").write_text(json.dumps(what))
 
     def attempts(self, run_dir: Path) -> list[dict[str, Any]]:
-        """The calls for a run: its ``words``, ``gpu`` and ``pid``."""
+        """The calls for a run: its ``words``, ``gpu``, ``pid`` and ``raylet``, its node of Ray."""
         return [json.loads(file.read_text()) for file in sorted(run_dir.glob("attempt-*"))]
 
     @staticmethod

@@ -19,6 +19,7 @@ import pytest
 from pdarts_fast.errors import RunError, UsageError
 from pdarts_fast.run.report import REPORT_FILE
 from pdarts_fast.sweep import run as sweep_run
+from pdarts_fast.sweep import targets as sweep_targets
 from pdarts_fast.sweep.directory import SweepDirectory
 from pdarts_fast.sweep.run import SweepOptions, gpu_slots, run_sweep
 
@@ -200,6 +201,47 @@ def test_flags_are_checked_before_anything_starts(
         sweep(**{"seeds": 1, **options})
     assert said in str(error.value)
     assert not (tmp_path / "sweep").exists()
+
+
+INFEASIBLE = {
+    "params": ((), ("--target", "params=1k"), "--target cannot be met: params=1.000 k"),
+    "one-of-two": (
+        (), ("--target", "params=60k", "memory=1kB"), "--target cannot be met: memory=1.000 kB"
+    ),
+    "latency": ((), ("--target", "latency=1us"), "--target cannot be met: latency=0.001 ms"),
+    "one-setting": (
+        ("target=params=60k,macs=2k",), (), "--vary target=macs=2k: --target cannot be met: macs=2"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("vary", "flags", "said"), INFEASIBLE.values(), ids=INFEASIBLE)
+def test_targets_that_no_cell_meets_are_refused_before_anything_starts(
+    sweep: Any, vary: tuple[str, ...], flags: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError) as error:
+        sweep(seeds=2, vary=vary, flags=(*DEMO, *flags))
+    assert str(error.value).startswith(said)
+    assert str(error.value).endswith("; give a larger limit")
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_latency_that_a_run_has_measured_counts_on_a_resume(
+    sweep: Any, stand_in: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def note(config: Any, classes: int, device: Any, folder: Path) -> None:
+        asked.append((config.target, classes, folder))
+
+    monkeypatch.setattr(sweep_targets, "make_costs", note)
+    flags = (*DEMO, "--target", "latency=1s", "params=60k")
+    assert sweep(seeds=2, flags=flags) == 0
+    folder = tmp_path / "sweep" / "runs" / "seed0"
+    assert asked == [(("latency=1s", "params=60k"), 10, folder)]
+    runs = SweepDirectory(tmp_path / "sweep").read_plan().runs
+    sweep_targets.check_targets(runs, lambda run: folder, on_ray=True)
+    assert asked[1:] == [(("params=60k",), 10, None)], "nodes of a cluster have their own latency"
 
 
 def test_a_signal_stops_all_and_resume_goes_on(
