@@ -108,6 +108,9 @@ class CompiledCell:
         task.dropout_state = arrays.state.data_ptr()
         return task
 
+    def extra_slots(self, plan: Plan) -> int:
+        return 0
+
     def forward(
         self, plan: Plan, saved: Saved, arrays: Arrays, alphas: Tensor, stats: Tensor
     ) -> None:

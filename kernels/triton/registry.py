@@ -35,6 +35,7 @@ MODULES = (
     "fold",
     "reduce",
     "sums",
+    "coefficients",
     "output_gradient",
     "transposed",
     "fan_in",

@@ -16,8 +16,8 @@ Reference: ``reference._separable_backward``, ``reference._one_by_one_backward``
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -44,14 +44,17 @@ _REGISTERS = 128
 
 @triton.jit(do_not_specialize=["N", "H", "W", "H_OUT", "W_OUT", "image_tiles", "chunk"])
 def _weight_products_kernel(
-    g0_ptr, g1_ptr, g2_ptr, g3_ptr, half_ptr, y_ptr, x_ptr, coef_ptr, partials_ptr, table_ptr,
-    g0_pixel, g1_pixel, g2_pixel, g3_pixel, half_slot, y_slot, x_slot, x_pixel,
+    g0_ptr, g1_ptr, g2_ptr, g3_ptr, half_ptr, y_ptr, x_ptr, v_ptr, coef_ptr, partials_ptr,
+    table_ptr, g0_pixel, g1_pixel, g2_pixel, g3_pixel, half_slot, y_slot, x_slot, x_pixel,
     N, H, W, H_OUT, W_OUT, image_tiles, chunk,
     C: tl.constexpr, BLOCK_N: tl.constexpr, CX: tl.constexpr, CB: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, STRIDE: tl.constexpr, RELU: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Program (row of the table, part, block of o). RELU: x is not rectified yet."""
+    """Program (row of the table, part, block of o). RELU: x is not rectified yet.
+
+    Second halves may read rows of v, another stack of arrays of the same shape.
+    """
     table = table_ptr + tl.program_id(0) * 16
     part = tl.program_id(1)
     kernel, dilation, pad = tl.load(table + 5), tl.load(table + 6), tl.load(table + 7)
@@ -65,7 +68,8 @@ def _weight_products_kernel(
     col = (p % W_OUT * STRIDE)[:, None] + (place % kernel * dilation - pad)[None, :]
     m_k = (tap < tl.load(table + 9)) & (channel < CX)
     m_x = (row >= 0) & (row < H) & (col >= 0) & (col < W) & m_p[:, None] & m_k[None, :]
-    x = x_ptr + tl.load(table + 4).to(tl.int64) * x_slot
+    x = tl.where(tl.load(table + 13) == 0, x_ptr, v_ptr)
+    x += tl.load(table + 4).to(tl.int64) * x_slot
     x += (row * W + col) * x_pixel + channel[None, :]  # [BLOCK_P, BLOCK_K]
     c = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_c = c < C
@@ -96,27 +100,27 @@ def _weight_products_kernel(
     tl.store(out + c[None, :], acc, mask=m_k[:, None] & m_c[None, :])
 
 
-@triton.jit(do_not_specialize=["parts", "split"])
+@triton.jit
 def _weight_gradients_kernel(
-    partials_ptr, taps_ptr, matrices_ptr, grad_ptr, table_ptr, parts, split,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, CX: tl.constexpr, BLOCK_X: tl.constexpr,
-    BLOCK: tl.constexpr,
+    partials_ptr, taps_ptr, matrices_ptr, grad_ptr, table_ptr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (item, block of input channels): adds the parts of Q and contracts them."""
     table = table_ptr + tl.program_id(0) * 16
+    width, parts, split = tl.load(table + 5), tl.load(table + 6), tl.load(table + 7)
     channel = tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X)
-    m_x = channel < CX
+    m_x = channel < width
     o = tl.arange(0, BLOCK_C)
     m = m_x[:, None] & (o < C)[None, :]
     b = tl.arange(0, BLOCK)
-    taps = tl.load(table + 1)
+    taps = tl.where(tl.program_id(1) * BLOCK_X < width, tl.load(table + 1), 0)
     is_depthwise = tl.load(table + 2) != 0
     depthwise, pointwise = tl.load(table + 3), tl.load(table + 4)
-    place = pointwise + o[None, :] * CX + channel[:, None]  # [BLOCK_X, BLOCK_C]
+    place = pointwise + o[None, :] * width + channel[:, None]  # [BLOCK_X, BLOCK_C]
     weight = tl.load(matrices_ptr + place, mask=m, other=0.0).to(tl.float32)
     dw = tl.zeros([BLOCK_X, BLOCK_C], dtype=tl.float32)
     for tap in range(taps):
-        row = (tl.load(table) + tap * CX + channel).to(tl.int64) * parts
+        row = tl.load(table).to(tl.int64) + (tap * width + channel) * parts
         acc = tl.zeros([BLOCK_X, BLOCK, BLOCK_C], dtype=tl.float32)
         for first in range(0, parts, BLOCK):
             part = first + b
@@ -127,7 +131,7 @@ def _weight_gradients_kernel(
         if is_depthwise:
             to = depthwise + channel * taps + tap
             tl.store(grad_ptr + to, tl.sum(q * weight, 1), mask=m_x)
-            scale = tl.load(taps_ptr + depthwise + tap * CX + channel, mask=m_x, other=0.0)
+            scale = tl.load(taps_ptr + depthwise + tap * width + channel, mask=m_x, other=0.0)
             dw += q * scale[:, None]
         else:
             dw += tl.where(((o < split) == (tap == 0))[None, :], q, 0.0)
@@ -139,11 +143,13 @@ class Product:
     """An item whose weight gradients are wanted.
 
     Attributes:
-        number, slot, node, half: As in ``calls.Item``; number is the item's place in its call.
+        number: Its row of coefficients.
+        slot, node, half: As in ``calls.Item``.
         input: Row of the stack of inputs that it reads.
         kernel, dilation, pad: Of the depthwise convolution; 1 or 2, 1, 0 without one.
         taps: How many; the place of tap t in its kernel is ``t * spread``.
         depthwise, pointwise: Offsets into the flat weights, -1 for none.
+        other: Whether it reads the other stack.
     """
 
     number: int
@@ -158,12 +164,19 @@ class Product:
     spread: int
     depthwise: int
     pointwise: int
+    other: bool
 
 
-def product(item: Item, number: int, source: int, offsets: list[int]) -> Product:
+def product(
+    item: Item, number: int, source: int, offsets: list[int], other: bool = False
+) -> Product:
     """What ``weight_gradients`` wants to know of an item with weights that reads row ``source``.
 
     A factorized reduce has taps (0, 0) and (1, 1): places 0 and 3 of a 2x2 kernel.
+
+    Args:
+        number: Row of coefficients.
+        other: Whether it reads the other stack.
     """
     kernel, dilation, pad, taps, spread = item.kernel, item.dilation, item.padding, 0, 1
     if item.kind == plan.CONV:
@@ -175,7 +188,7 @@ def product(item: Item, number: int, source: int, offsets: list[int]) -> Product
     depthwise = offsets[item.depthwise] if item.depthwise >= 0 else -1
     where = (number, item.slot, item.node, item.half if item.input < 0 else -1, source)
     geometry = (kernel, dilation, pad, taps, spread)
-    return Product(*where, *geometry, depthwise, offsets[item.pointwise])
+    return Product(*where, *geometry, depthwise, offsets[item.pointwise], other)
 
 
 @dataclass(frozen=True)
@@ -202,7 +215,8 @@ def settings(element: int, channels: int) -> Settings:
     return Settings(128, 64, 16, 4) if block == 16 else Settings(128, 64, 32, 8)
 
 
-def product_rows(products: list[Product], width: int, block_k: int) -> list[list[int]]:
+@lru_cache(maxsize=1024)
+def product_rows(products: tuple[Product, ...], width: int, block_k: int) -> list[list[int]]:
     """Rows of the first kernel: taps and input channels of every item in blocks."""
     block = min(block_channels(width), block_k)
     rows, base = [], 0
@@ -212,17 +226,8 @@ def product_rows(products: list[Product], width: int, block_k: int) -> list[list
                 rows.append([
                     item.number, item.slot, item.node, item.half, item.input, item.kernel,
                     item.dilation, item.pad, tap, item.taps, channel,
-                    base + tap * width + channel, item.spread,
+                    base + tap * width + channel, item.spread, int(item.other),
                 ])  # fmt: skip
-        base += item.taps * width
-    return rows
-
-
-def _contraction_rows(products: list[Product], width: int) -> list[list[int]]:
-    rows, base = [], 0
-    for item in products:
-        is_depthwise = int(item.depthwise >= 0)
-        rows.append([base, item.taps, is_depthwise, max(item.depthwise, 0), item.pointwise])
         base += item.taps * width
     return rows
 
@@ -234,67 +239,137 @@ def division(rows: int, images: int, pixels: int, block_p: int) -> tuple[int, in
     return tiles, triton.cdiv(images, shares)
 
 
-def weight_gradients(
-    call: Call,
+@dataclass(frozen=True)
+class Task:
+    """Items of a call that read arrays of one shape, and their partial Q.
+
+    Attributes:
+        products: The items; the same for every task of the call.
+        inputs: What they read, ``[n, N, H, W, Cx]``.
+        other: What those read that are marked so, ``[.., N, H, W, Cx]``; None if there are none.
+        coef: float32 ``[rows, 3, C]``.
+        rectified: Whether the inputs have been through the ReLU.
+        rows: Rows of the kernel.
+        image_tiles, chunk: Parts that an image is divided in; images of a program.
+    """
+
+    products: tuple[Product, ...]
+    inputs: Tensor
+    other: Tensor | None
+    coef: Tensor
+    rectified: bool
+    rows: list[list[int]]
+    image_tiles: int
+    chunk: int
+
+    @property
+    def parts(self) -> int:
+        """Of every Q."""
+        return self.image_tiles * triton.cdiv(self.inputs.shape[1], self.chunk)
+
+    @property
+    def vectors(self) -> int:
+        """Rows of C partial sums."""
+        return sum(item.taps for item in self.products) * self.inputs.shape[-1] * self.parts
+
+    def contraction(self, begin: int, channels: int, half: int) -> list[list[int]]:
+        """Rows of the second kernel, for partial sums that begin at vector ``begin``."""
+        found, width = [], self.inputs.shape[-1]
+        for item in self.products:
+            kind = [int(item.depthwise >= 0), max(item.depthwise, 0), item.pointwise]
+            split = half if item.spread == 3 else channels
+            found.append([begin, item.taps, *kind, width, self.parts, split])
+            begin += item.taps * width * self.parts
+        return found
+
+
+def make_task(
     arrays: Arrays,
-    products: list[Product],
+    products: tuple[Product, ...],
     inputs: Tensor,
-    output_size: tuple[int, int],
     coef: Tensor,
     *,
     rectified: bool,
-) -> None:
-    """Writes the weight gradients of items of a call: two launches.
+    other: Tensor | None = None,
+) -> Task:
+    """Divides the work of some items; arguments as the attributes of ``Task``."""
+    chosen = settings(inputs.element_size(), coef.shape[-1])
+    rows = product_rows(products, inputs.shape[-1], chosen.block_k)
+    pixels = arrays.y.shape[2] * arrays.y.shape[3]
+    tiles, chunk = division(len(rows), inputs.shape[1], pixels, chosen.block_p)
+    return Task(products, inputs, other, coef, rectified, rows, tiles, chunk)
+
+
+def weight_products(call: Call, arrays: Arrays, task: Task, partials: Tensor) -> None:
+    """One launch: writes ``[task.vectors, C]`` float32 partial sums."""
+    inputs, coef = task.inputs, task.coef
+    channels, width = coef.shape[-1], inputs.shape[-1]
+    chosen = settings(inputs.element_size(), channels)
+    key = ("products", channels, width, chosen.block_k)
+    table = device_table(call, key, coef.device, lambda: task.rows)
+    images, height, across = inputs.shape[1:4]
+    grads, strides = node_gradients(arrays)
+    halves = arrays.y if arrays.half_grads is None else arrays.half_grads
+    output_size, storage = arrays.y.shape[2:4], inputs.dtype
+    _weight_products_kernel[(len(table), task.parts, triton.cdiv(channels, chosen.block_n))](
+        *grads, halves, arrays.y, inputs, inputs if task.other is None else task.other, coef,
+        partials, table,
+        *strides, halves.stride(0), arrays.y.stride(0), inputs.stride(0), pixel_stride(inputs[0]),
+        images, height, across, *output_size, task.image_tiles, task.chunk,
+        C=channels, BLOCK_N=chosen.block_n, CX=width,
+        CB=min(block_channels(width), chosen.block_k), BLOCK_K=chosen.block_k,
+        BLOCK_P=chosen.block_p, STRIDE=1 if tuple(output_size) == (height, across) else 2,
+        RELU=not task.rectified, PRECISION=common.precision(storage),
+        OPERAND=common.operand_dtype(storage), num_warps=chosen.warps, maxnreg=_REGISTERS,
+    )  # fmt: skip
+
+
+def contract(call: Call, arrays: Arrays, tasks: list[Task], partials: Tensor) -> None:
+    """One launch: the weight gradients of tasks whose partial sums follow one another.
 
     Args:
-        products: The items; the same at every call with ``call``.
-        inputs: What they read, ``[n, N, H, W, Cx]``.
-        output_size: Height and width of their outputs.
-        coef: float32 ``[items, 3, C]``.
-        rectified: Whether ``inputs`` has been through the ReLU.
+        call: Under which the table is kept.
+        partials: float32 ``[vectors, C]``.
     """
     grad = arrays.weights.grad
     assert grad is not None
-    device, channels, width = coef.device, coef.shape[-1], inputs.shape[-1]
-    chosen = settings(inputs.element_size(), channels)
-    key = (channels, width, chosen.block_k)
-    table = device_table(
-        call, ("products", *key), device, lambda: product_rows(products, width, chosen.block_k)
-    )
-    images, height, across = inputs.shape[1:4]
-    pixels = output_size[0] * output_size[1]
-    tiles, chunk = division(len(table), images, pixels, chosen.block_p)
-    parts = tiles * triton.cdiv(images, chunk)
-    total = sum(item.taps for item in products) * width
-    partials = torch.empty(total, parts, channels, dtype=torch.float32, device=device)
-    grads, strides = node_gradients(arrays)
-    halves = arrays.y if arrays.half_grads is None else arrays.half_grads
-    storage, stride = inputs.dtype, 1 if output_size == (height, across) else 2
-    block_c = block_channels(channels)
-    _weight_products_kernel[(len(table), parts, triton.cdiv(channels, chosen.block_n))](
-        *grads, halves, arrays.y, inputs, coef, partials, table,
-        *strides, halves.stride(0), arrays.y.stride(0), inputs.stride(0), pixel_stride(inputs[0]),
-        images, height, across, *output_size, tiles, chunk,
-        C=channels, BLOCK_N=chosen.block_n, CX=width,
-        CB=min(block_channels(width), chosen.block_k), BLOCK_K=chosen.block_k,
-        BLOCK_P=chosen.block_p, STRIDE=stride, RELU=not rectified,
-        PRECISION=common.precision(storage), OPERAND=common.operand_dtype(storage),
-        num_warps=chosen.warps, maxnreg=_REGISTERS,
-    )  # fmt: skip
-    table = device_table(
-        call, ("contraction", *key), device, lambda: _contraction_rows(products, width)
-    )
+    channels, storage = partials.shape[-1], tasks[0].inputs.dtype
+    widths = tuple(task.inputs.shape[-1] for task in tasks)
+    parts = tuple(task.parts for task in tasks)
+
+    def rows() -> list[list[int]]:
+        found, begin = [], 0
+        for task in tasks:
+            found += task.contraction(begin, channels, arrays.channels // 2)
+            begin += task.vectors
+        return found
+
+    table = device_table(call, ("contraction", channels, widths, parts), partials.device, rows)
     weights = packed(arrays.weights, storage)
     # One channel a program on a GPU: there are few. The interpreter wants few programs.
+    block_c, width = block_channels(channels), max(widths)
     block_x = min(64, block_channels(width)) if common.INTERPRETED else 1
-    _weight_gradients_kernel[(len(products), triton.cdiv(width, block_x))](
-        partials, weights.taps, weights.matrices, grad, table, parts,
-        arrays.channels // 2 if any(item.spread == 3 for item in products) else channels,
-        C=channels, BLOCK_C=block_c, CX=width, BLOCK_X=block_x,
+    _weight_gradients_kernel[(len(table), triton.cdiv(width, block_x))](
+        partials, weights.taps, weights.matrices, grad, table,
+        C=channels, BLOCK_C=block_c, BLOCK_X=block_x,
         BLOCK=_ELEMENTS // block_c * common.TILE_SCALE,
         # Left alone, the assembler aims at 32 registers for sm_80 and spills.
         maxnreg=64,
     )  # fmt: skip
+
+
+def empty_products(tasks: list[Task]) -> list[Tensor]:
+    """Room for the partial sums of tasks: all of them, then the part of each."""
+    coef, lengths = tasks[0].coef, [task.vectors for task in tasks]
+    everything = coef.new_empty(sum(lengths), coef.shape[-1])
+    return [everything, *everything.split(lengths)]
+
+
+def weight_gradients(call: Call, arrays: Arrays, task: Task) -> None:
+    """Writes the weight gradients of items of a call: two launches."""
+    everything, _ = empty_products([task])
+    weight_products(call, arrays, task, everything)
+    contract(call, arrays, [task], everything)
 
 
 def _specialisations() -> list[Specialisation]:

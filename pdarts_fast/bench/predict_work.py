@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pdarts_fast.bench.predict_model import LANES, Work
 from pdarts_fast.kernels import plan
-from pdarts_fast.kernels.triton.record import _FREE, Launch
+from pdarts_fast.kernels.triton.recorder import FREE, Launch
 from pdarts_fast.kernels.triton.traffic import traffic
 
 # Warp instructions for every warp of multiply-adds in the loops of the stencils: loads, widening
@@ -92,7 +92,7 @@ class EagerOperators(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         found = function(*args, **(kwargs or {}))
-        if function.overloadpacket.__name__ not in _FREE:
+        if function.overloadpacket.__name__ not in FREE:
             outputs = found if isinstance(found, (tuple, list)) else (found,)
             tensors = [x for x in (*args, *outputs) if isinstance(x, Tensor)]
             self.moved.append(sum(x.numel() * x.element_size() for x in tensors))
