@@ -99,5 +99,7 @@ def run(backend: str, cell: nn.Module, s0: Tensor, s1: Tensor, weights: Tensor) 
     if cell.training:
         batches = [norm.num_batches_tracked for norm in names.norms]
         counts = [out.shape[0] * out.shape[2] * out.shape[3], s1[:, 0].numel()]
-        torch.ops.pdarts_fast.update_running(running, batches, batch_moments, names.key, counts)
+        torch.ops.pdarts_fast.update_running(
+            running, batches, batch_moments, names.key, counts, backend
+        )
     return out

@@ -358,7 +358,12 @@ def _bessel(slots: int, counts: tuple[int, int], device: torch.device) -> Tensor
 
 
 def move_running(
-    running: list[Tensor], batches: list[Tensor], stats: Tensor, key: str, counts: list[int]
+    running: list[Tensor],
+    batches: list[Tensor],
+    stats: Tensor,
+    key: str,
+    counts: list[int],
+    backend: str = "reference",
 ) -> None:
     """Moves running means and variances (alternately, by norm) towards those of the batch.
 
@@ -368,8 +373,11 @@ def move_running(
         stats: float64 ``[slots + 2, 2, C]`` of ``cell_forward``.
         key: The plan.
         counts: M of the cell's slots, and of its preprocessed inputs.
+        backend: Whose kernels may do it.
     """
-    plan = plans.from_key(key)
+    plan, whole = plans.from_key(key), _whole_cell(backend, running[0].dtype)
+    if whole is not None and whole.move_running(plan, running, batches, stats, counts):
+        return
     factors = _bessel(plan.num_slots, (counts[0], counts[1]), stats.device)
     kept = stats[..., : plan.channels]
     targets = torch.empty(kept.shape, dtype=running[0].dtype, device=stats.device)
@@ -386,5 +394,5 @@ update_running = torch.library.custom_op(
 
 
 @update_running.register_fake
-def _(running, batches, stats, key, counts):
+def _(running, batches, stats, key, counts, backend="reference"):
     return None

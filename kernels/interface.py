@@ -191,3 +191,14 @@ class WholeCell(Protocol):
             Those of the weights are written if ``arrays.weights`` has room.
         """
         ...
+
+    def move_running(
+        self,
+        plan: Plan,
+        running: list[Tensor],
+        batches: list[Tensor],
+        stats: Tensor,
+        counts: list[int],
+    ) -> bool:
+        """What ``cell_operator.move_running`` does, unless it returns False."""
+        ...

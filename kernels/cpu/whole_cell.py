@@ -152,6 +152,16 @@ class CompiledCell:
         self.library.run_cell(task, backward=True)
         return inputs, grad_alphas.flatten()
 
+    def move_running(
+        self,
+        plan: Plan,
+        running: list[Tensor],
+        batches: list[Tensor],
+        stats: Tensor,
+        counts: list[int],
+    ) -> bool:
+        return False
+
     @staticmethod
     def _halves(plan: Plan) -> int:
         return cell_calls.of(plan.key).num_halves

@@ -16,7 +16,7 @@ from .. import calls as cell_calls
 from .. import plan as plans
 from ..calls import Call, Item
 from ..plan import Plan
-from .weight_gradient import Product, product
+from .weight_tasks import Product, product
 
 # Rows of a table on the device, padded to 16 columns there.
 Rows = list[list[int]]

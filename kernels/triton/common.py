@@ -155,7 +155,9 @@ def precision(storage: torch.dtype) -> str:
 
 
 def check_storage(x: Tensor) -> None:
-    """Refuses dtypes and channels that the kernels do not take.
+    """Refuses dtypes, channels and sizes that the kernels do not take.
+
+    Places within an array ``[N, H, W, C]`` are 32-bit numbers.
 
     Raises:
         ValueError: Naming what was given.
@@ -164,6 +166,11 @@ def check_storage(x: Tensor) -> None:
         raise ValueError(f"Triton kernels store float32, bfloat16 or float16, got {x.dtype}")
     if x.shape[-1] % 16:
         raise ValueError(f"Triton kernels take channels in multiples of 16, got {x.shape[-1]}")
+    if x.shape[-4:].numel() >= 2**31:
+        raise ValueError(
+            f"Triton kernels take arrays of fewer than 2**31 elements, got {tuple(x.shape[-4:])}: "
+            "choose a smaller batch"
+        )
 
 
 def pixel_stride(x: Tensor) -> int:

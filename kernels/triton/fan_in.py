@@ -32,7 +32,8 @@ from .pointwise_backward import pointwise_backward
 from .record import search_specialisations
 from .registry import Specialisation, register
 from .transposed import tiles, transposed
-from .weight_gradient import make_task, product, weight_gradients
+from .weight_gradient import weight_gradients
+from .weight_tasks import make_task, product
 
 _ELEMENTS = 1024
 _PROGRAMS = 512

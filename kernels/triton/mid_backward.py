@@ -21,7 +21,8 @@ from .gradient_rows import device_table
 from .output_gradient import PRODUCT, RECTIFY, output_gradient
 from .sums import sum_partials
 from .transposed import transposed
-from .weight_gradient import make_task, product, weight_gradients
+from .weight_gradient import weight_gradients
+from .weight_tasks import make_task, product
 
 
 def _gradient_rows(

@@ -41,6 +41,7 @@ MODULES = (
     "fan_in",
     "pointwise_backward",
     "weight_gradient",
+    "running",
 )
 
 

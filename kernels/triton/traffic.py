@@ -108,6 +108,8 @@ def traffic(launch: Launch) -> int:
         return _whole(launch, "partials_ptr")
     if launch.name == "pack_weights":
         return _whole(launch, "flat_ptr", "index_ptr", "taps_ptr", "matrices_ptr")
+    if launch.name == "running":
+        return launch.programs * (launch.values["channels"] * 32 + 48)
     array = _array(launch)
     found = _forward(launch, array)
     return _backward(launch, array) if found is None else found

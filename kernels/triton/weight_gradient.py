@@ -15,15 +15,13 @@ Reference: ``reference._separable_backward``, ``reference._one_by_one_backward``
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import replace
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import plan
-from ..calls import Call, Item
+from ..calls import Call
 from ..interface import Arrays
 from . import common
 from .common import block_channels, pixel_stride
@@ -35,10 +33,10 @@ from .gradient_rows import (
 )
 from .record import search_specialisations
 from .registry import Specialisation, register
+from .weight_tasks import Task, settings
 from .weights import packed
 
 _ELEMENTS = 1024
-_PROGRAMS = 512
 _REGISTERS = 128
 
 
@@ -138,174 +136,12 @@ def _weight_gradients_kernel(
     tl.store(grad_ptr + place, dw, mask=m)
 
 
-@dataclass(frozen=True)
-class Product:
-    """An item whose weight gradients are wanted.
-
-    Attributes:
-        number: Its row of coefficients.
-        slot, node, half: As in ``calls.Item``.
-        input: Row of the stack of inputs that it reads.
-        kernel, dilation, pad: Of the depthwise convolution; 1 or 2, 1, 0 without one.
-        taps: How many; the place of tap t in its kernel is ``t * spread``.
-        depthwise, pointwise: Offsets into the flat weights, -1 for none.
-        other: Whether it reads the other stack.
-    """
-
-    number: int
-    slot: int
-    node: int
-    half: int
-    input: int
-    kernel: int
-    dilation: int
-    pad: int
-    taps: int
-    spread: int
-    depthwise: int
-    pointwise: int
-    other: bool
-
-
-def product(
-    item: Item, number: int, source: int, offsets: list[int], other: bool = False
-) -> Product:
-    """What ``weight_gradients`` wants to know of an item with weights that reads row ``source``.
-
-    A factorized reduce has taps (0, 0) and (1, 1): places 0 and 3 of a 2x2 kernel.
-
-    Args:
-        number: Row of coefficients.
-        other: Whether it reads the other stack.
-    """
-    kernel, dilation, pad, taps, spread = item.kernel, item.dilation, item.padding, 0, 1
-    if item.kind == plan.CONV:
-        taps = kernel * kernel
-    elif item.kind == plan.FACTORIZED:
-        kernel, dilation, pad, taps, spread = 2, 1, 0, 2, 3
-    else:
-        kernel, dilation, pad, taps = 1, 1, 0, 1
-    depthwise = offsets[item.depthwise] if item.depthwise >= 0 else -1
-    where = (number, item.slot, item.node, item.half if item.input < 0 else -1, source)
-    geometry = (kernel, dilation, pad, taps, spread)
-    return Product(*where, *geometry, depthwise, offsets[item.pointwise], other)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Tile of the products: ``[block_k, block_p] x [block_p, block_n]``, and warps.
-
-    128 rows are two 64-row instructions of sm_90; half precision with 32 columns takes 8 warps and
-    float32, whose operands are split in two, a quarter of the tile to stay within 128 registers.
-    """
-
-    block_k: int
-    block_p: int
-    block_n: int
-    warps: int
-
-
-def settings(element: int, channels: int) -> Settings:
-    """By bytes of a stored element and C."""
-    block = block_channels(channels)
-    if common.INTERPRETED:
-        return Settings(512, 512, block, 4)
-    if element == 4:
-        return Settings(64, 32, 16, 4)
-    return Settings(128, 64, 16, 4) if block == 16 else Settings(128, 64, 32, 8)
-
-
-@lru_cache(maxsize=1024)
-def product_rows(products: tuple[Product, ...], width: int, block_k: int) -> list[list[int]]:
-    """Rows of the first kernel: taps and input channels of every item in blocks."""
-    block = min(block_channels(width), block_k)
-    rows, base = [], 0
-    for item in products:
-        for tap in range(0, item.taps, block_k // block):
-            for channel in range(0, width, block):
-                rows.append([
-                    item.number, item.slot, item.node, item.half, item.input, item.kernel,
-                    item.dilation, item.pad, tap, item.taps, channel,
-                    base + tap * width + channel, item.spread, int(item.other),
-                ])  # fmt: skip
-        base += item.taps * width
-    return rows
-
-
-def division(rows: int, images: int, pixels: int, block_p: int) -> tuple[int, int]:
-    """Parts that the pixels of an image are divided in, and images a program goes through."""
-    tiles = triton.cdiv(pixels, block_p)
-    shares = min(images, triton.cdiv(_PROGRAMS, rows * tiles))
-    return tiles, triton.cdiv(images, shares)
-
-
-@dataclass(frozen=True)
-class Task:
-    """Items of a call that read arrays of one shape, and their partial Q.
-
-    Attributes:
-        products: The items; the same for every task of the call.
-        inputs: What they read, ``[n, N, H, W, Cx]``.
-        other: What those read that are marked so, ``[.., N, H, W, Cx]``; None if there are none.
-        coef: float32 ``[rows, 3, C]``.
-        rectified: Whether the inputs have been through the ReLU.
-        rows: Rows of the kernel.
-        image_tiles, chunk: Parts that an image is divided in; images of a program.
-    """
-
-    products: tuple[Product, ...]
-    inputs: Tensor
-    other: Tensor | None
-    coef: Tensor
-    rectified: bool
-    rows: list[list[int]]
-    image_tiles: int
-    chunk: int
-
-    @property
-    def parts(self) -> int:
-        """Of every Q."""
-        return self.image_tiles * triton.cdiv(self.inputs.shape[1], self.chunk)
-
-    @property
-    def vectors(self) -> int:
-        """Rows of C partial sums."""
-        return sum(item.taps for item in self.products) * self.inputs.shape[-1] * self.parts
-
-    def contraction(self, begin: int, channels: int, half: int) -> list[list[int]]:
-        """Rows of the second kernel, for partial sums that begin at vector ``begin``."""
-        found, width = [], self.inputs.shape[-1]
-        for item in self.products:
-            kind = [int(item.depthwise >= 0), max(item.depthwise, 0), item.pointwise]
-            split = half if item.spread == 3 else channels
-            found.append([begin, item.taps, *kind, width, self.parts, split])
-            begin += item.taps * width * self.parts
-        return found
-
-
-def make_task(
-    arrays: Arrays,
-    products: tuple[Product, ...],
-    inputs: Tensor,
-    coef: Tensor,
-    *,
-    rectified: bool,
-    other: Tensor | None = None,
-) -> Task:
-    """Divides the work of some items; arguments as the attributes of ``Task``."""
-    chosen = settings(inputs.element_size(), coef.shape[-1])
-    rows = product_rows(products, inputs.shape[-1], chosen.block_k)
-    pixels = arrays.y.shape[2] * arrays.y.shape[3]
-    tiles, chunk = division(len(rows), inputs.shape[1], pixels, chosen.block_p)
-    return Task(products, inputs, other, coef, rectified, rows, tiles, chunk)
-
-
 def weight_products(call: Call, arrays: Arrays, task: Task, partials: Tensor) -> None:
     """One launch: writes ``[task.vectors, C]`` float32 partial sums."""
     inputs, coef = task.inputs, task.coef
     channels, width = coef.shape[-1], inputs.shape[-1]
-    chosen = settings(inputs.element_size(), channels)
-    key = ("products", channels, width, chosen.block_k)
+    chosen = task.settings
+    key = ("products", channels, width, chosen.block_k, task.products)
     table = device_table(call, key, coef.device, lambda: task.rows)
     images, height, across = inputs.shape[1:4]
     grads, strides = node_gradients(arrays)
@@ -373,7 +209,18 @@ def weight_gradients(call: Call, arrays: Arrays, task: Task) -> None:
 
 
 def _specialisations() -> list[Specialisation]:
-    return search_specialisations(_weight_products_kernel, product=True)
+    """Those that launchers record, and for sm_80 what they launch there instead."""
+    found = []
+    for one in search_specialisations(_weight_products_kernel, product=True):
+        if one.constants["BLOCK_K"] <= 128:
+            found.append(one)
+            continue
+        found.append(replace(one, targets=("sm_90", "sm_100", "gfx942")))
+        older = settings(2, one.constants["C"], large=True, ampere=True)
+        tile = {"BLOCK_K": older.block_k, "CB": min(one.constants["CB"], older.block_k)}
+        constants = one.constants | tile
+        found.append(replace(one, constants=constants, num_warps=older.warps, targets=("sm_80",)))
+    return found
 
 
 def _contraction_specialisations() -> list[Specialisation]:

@@ -26,14 +26,9 @@ from .fold import Norms, fold_norms, given_norms
 from .gradient_rows import device_table
 from .mid_backward import half_gradients
 from .pointwise_backward import pointwise_backward
-from .weight_gradient import (
-    Task,
-    contract,
-    empty_products,
-    make_task,
-    product,
-    weight_products,
-)
+from .running import move_running
+from .weight_gradient import contract, empty_products, weight_products
+from .weight_tasks import Task, make_task, product
 
 
 class Steps:
@@ -114,6 +109,16 @@ class TritonCell:
         backward = _Backward(self.steps, plan, saved, arrays, alphas)
         return backward.run(grad, want_inputs), backward.grad_alphas
 
+    def move_running(
+        self,
+        plan: Plan,
+        running: list[Tensor],
+        batches: list[Tensor],
+        stats: Tensor,
+        counts: list[int],
+    ) -> bool:
+        return move_running(plan, running, batches, stats, counts)
+
 
 class _Pass:
     """What both passes share."""
@@ -121,7 +126,8 @@ class _Pass:
     def __init__(
         self, steps: Steps, plan: Plan, saved: Saved, arrays: Arrays, alphas: Tensor
     ) -> None:
-        common.check_storage(saved.slots)
+        for array in (saved.slots, *saved.inputs):
+            common.check_storage(array)
         self.steps, self.plan, self.saved, self.arrays = steps, plan, saved, arrays
         self.tables: CellTables = cell_tables.of(plan.key)
         self.calls = self.tables.calls

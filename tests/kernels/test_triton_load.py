@@ -13,6 +13,13 @@ from pdarts_fast.errors import RunError
 from pdarts_fast.kernels.triton import common, load, self_check
 
 
+def test_arrays_beyond_32_bit_places_are_refused() -> None:
+    large = torch.empty(2**17, 32, 32, 16, device="meta")
+    with pytest.raises(ValueError, match=r"fewer than 2\*\*31 elements.*smaller batch"):
+        common.check_storage(large)
+    common.check_storage(large[: 2**17 - 1])
+
+
 def pretend(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> None:
     """Lets torch report GPUs of these capabilities."""
     monkeypatch.setattr(torch.version, "hip", None)
