@@ -38,6 +38,7 @@ def _coefficients_kernel(
 
     The table holds the rows of partials that are summed to sum(g) and to sum(g BN(y)), the row in
     norms (-1: skip), the alpha (-1: 1), the row in coef and the alpha that gets a gradient (-1).
+    Parts are read 16 bytes at a time; what follows them are single numbers of C channels.
     """
     row = table_ptr + tl.program_id(0) * 16
     c = tl.arange(0, BLOCK_C)
@@ -106,7 +107,7 @@ def coefficients(
 
 
 def _specialisations() -> list[Specialisation]:
-    return search_specialisations(_coefficients_kernel)
+    return search_specialisations(_coefficients_kernel, gathers=True)
 
 
 register(

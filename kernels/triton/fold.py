@@ -68,6 +68,7 @@ def _fold_kernel(
 
     The table holds for every item its row in sums and norms, -1 for a skip, and the first and the
     last but one of the rows that say where its scale and shift go: an alpha, -1 for 1, and a row.
+    Tiles are read 16 bytes at a time; what follows them are single numbers of 16 channels.
     """
     item = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]  # [1, BLOCK_C]
@@ -195,6 +196,7 @@ def _specialisations() -> list[Specialisation]:
                     programs=items * channels // _BLOCK_C,
                     bytes=items * channels * (tiles * 12 + 16),
                     trips=tiles / _BLOCK_T,
+                    gathers=mode != MOMENTS,
                     note=f"{items} items, {note}",
                 )
             )

@@ -45,10 +45,12 @@ def _one_by_one_kernel(
     BLOCK_K: tl.constexpr, FACTORIZED: tl.constexpr, PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Program (item, tile): BLOCK_M pixels of one item. x1: state 1, x: any other."""
+    """Program (item, tile): BLOCK_M pixels of one item.
+
+    Factorized reduces may leave two states: x1 is state 1, x any other.
+    """
     tile = tl.program_id(1)
     row = table_ptr + tl.program_id(0) * 16
-    x_ptr = tl.where(tl.load(row + 5) == 1, x1_ptr, x_ptr)
     matrix = matrices_ptr + tl.multiple_of(tl.load(row + 4), 16)
     c = tl.arange(0, BLOCK_C)
     m_c = c < C
@@ -57,6 +59,7 @@ def _one_by_one_kernel(
     inside = p < pixels
     value = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
     if FACTORIZED:
+        x_ptr = tl.where(tl.load(row + 5) == 1, x1_ptr, x_ptr)
         w = (p % W_OUT) * 2
         h = (p // W_OUT % H_OUT) * 2
         n = p // (W_OUT * H_OUT)
