@@ -80,8 +80,13 @@ class Launch:
         return half[0] if half else "fp32"
 
     def _note(self, constants: dict[str, Any]) -> str:
-        marks = {"SECOND": "second halves", "INCOMING": "incoming", "FACTORIZED": "factorized"}
+        marks = {
+            "SECOND": "second halves", "INCOMING": "incoming", "FACTORIZED": "factorized",
+            "SUMS": "sums", "STORED": "inputs",
+        }  # fmt: skip
         found = [text for name, text in marks.items() if constants.get(name)]
+        if constants.get("STEP", constants.get("C")) != constants.get("C"):
+            found.append("norms")
         if constants.get("STRIDE") == 2:
             found.insert(0, "stride 2")
         if constants.get("CX", constants.get("C")) != constants.get("C"):
