@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +266,7 @@ def _check_passes(device: torch.device) -> list[Finding]:
         label = f"whole pass{' of a reduction cell' if reduction else ''}"
         found += _compared(
             label, "fp32", TOLERANCE[torch.float32], want,
-            lambda sample=sample: _whole_pass(sample, "triton", device, torch.float32),
+            partial(_whole_pass, sample, "triton", device, torch.float32),
         )  # fmt: skip
     return found
 
