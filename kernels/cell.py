@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from . import plan as plans
 from .cell_operator import (
     backend_named,
+    move_running,
     primitive_by_primitive,
     register_backend,
-    update_running,
 )
 from .rows import storage_dtype
 
@@ -106,8 +106,8 @@ def run(backend: str, cell: nn.Module, s0: Tensor, s1: Tensor, weights: Tensor) 
     if cell.training:
         batches: list[Any] = [own["num_batches_tracked"] for own in buffers]
         counts = [out.shape[0] * out.shape[2] * out.shape[3], s1[:, 0].numel()]
-        traced = torch.compiler.is_compiling()
-        update = torch.ops.pdarts_fast.update_running if traced else update_running
+        traced = torch.compiler.is_compiling() or type(batch_moments) is not Tensor
+        update = torch.ops.pdarts_fast.update_running if traced else move_running
         with torch.no_grad():
-            update(running, batches, batch_moments, names.key, counts)
+            update(running, batches, batch_moments, names.key, counts, backend)
     return out

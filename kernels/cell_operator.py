@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -73,6 +74,11 @@ def primitives_for(name: str, dtype: torch.dtype) -> Backend:
     return _BACKENDS[_served_by(name, dtype)]
 
 
+def _whole_cell(name: str, dtype: torch.dtype) -> WholeCell | None:
+    """What runs whole passes of a backend for arrays of a dtype, if anything does."""
+    return _WHOLE_CELLS.get(_served_by(name, dtype))
+
+
 def _output_size(plan: Plan, s1: Tensor) -> tuple[int, int, int]:
     divisor = 2 if plan.reduction else 1
     return s1.shape[0], -(-s1.shape[2] // divisor), -(-s1.shape[3] // divisor)
@@ -109,6 +115,7 @@ def _empty_outputs(
     dtype: torch.dtype,
     training: bool,
     empty: Empty,
+    whole: WholeCell | None,
 ) -> Outputs:
     """Arrays for the results of ``cell_forward``, uninitialised, from ``empty``."""
     batch, height, width = _output_size(plan, s1)
@@ -123,7 +130,8 @@ def _empty_outputs(
         for which, s in enumerate((s0, s1))
     ]
     nodes = empty((batch, height, width, plan.steps * channels), s1, dtype)
-    slots = empty((plan.num_slots, batch, height, width, channels), s1, dtype)
+    num_slots = plan.num_slots + (0 if whole is None else whole.extra_slots(plan))
+    slots = empty((num_slots, batch, height, width, channels), s1, dtype)
     rows = plan.num_slots + 2 if training else len(plan.norms)
     norms = s1.new_empty((rows, 2, channels), dtype=torch.float64)
     if _whole_output(plan, channels):
@@ -180,8 +188,7 @@ def _write_output(plan: Plan, nodes: Tensor, out: Tensor) -> None:
     out.permute(0, 2, 3, 1).copy_(kept.flatten(-2))
 
 
-@torch.library.custom_op("pdarts_fast::cell_forward", mutates_args=())
-def cell_forward(
+def forward_pass(
     s0: Tensor,
     s1: Tensor,
     alphas: Tensor,
@@ -196,7 +203,8 @@ def cell_forward(
 ) -> Outputs:
     """A cell of the plan ``key``: output, then what the backward pass reads (``_saved``)."""
     plan, primitives = plans.from_key(key), primitives_for(backend, dtype)
-    outputs = _empty_outputs(plan, primitives, s0, s1, dtype, training, primitives.empty)
+    whole = _whole_cell(backend, dtype)
+    outputs = _empty_outputs(plan, primitives, s0, s1, dtype, training, primitives.empty, whole)
     channels = primitives.channels(plan.channels)
     for s, copy, count in zip((s0, s1), outputs[1:3], plan.in_channels, strict=True):
         if copy.numel():
@@ -207,7 +215,6 @@ def cell_forward(
         saved.norms.copy_(moments.normalisation(running_moments))
     outputs[9].copy_(rate)
     arrays = _arrays(plan, primitives, saved, weights, (rate, state), training, False)
-    whole = _WHOLE_CELLS.get(_served_by(backend, dtype))
     if whole is not None:
         whole.forward(plan, saved, arrays, alphas, outputs[8])
     else:
@@ -217,14 +224,17 @@ def cell_forward(
     return outputs
 
 
+cell_forward = torch.library.custom_op("pdarts_fast::cell_forward", forward_pass, mutates_args=())
+
+
 @cell_forward.register_fake
 def _(s0, s1, alphas, weights, running, rate, state, key, backend, training, dtype):
     plan, primitives = plans.from_key(key), primitives_for(backend, dtype)
-    return _empty_outputs(plan, primitives, s0, s1, dtype, training, _fake_empty)
+    whole = _whole_cell(backend, dtype)
+    return _empty_outputs(plan, primitives, s0, s1, dtype, training, _fake_empty, whole)
 
 
-@torch.library.custom_op("pdarts_fast::cell_backward", mutates_args=())
-def cell_backward(
+def backward_pass(
     grad: Tensor,
     s0: Tensor,
     s1: Tensor,
@@ -244,7 +254,7 @@ def cell_backward(
     dropout = (outputs[9], state)
     arrays = _arrays(plan, primitives, saved, weights, dropout, training, wants[3])
     node_grads, want_inputs = _node_gradients(plan, grad, saved), (wants[0], wants[1])
-    whole = _WHOLE_CELLS.get(_served_by(backend, dtype))
+    whole = _whole_cell(backend, dtype)
     if whole is not None:
         grads, all_alphas = whole.backward(plan, saved, arrays, alphas, node_grads, want_inputs)
     else:
@@ -279,6 +289,11 @@ def _fake_gradients(
     grad_alphas = alphas.new_empty(alphas.shape if wants[2] else nothing)
     flat = weights[0].new_empty(total if wants[3] else nothing)
     return inputs[0], inputs[1], grad_alphas, flat
+
+
+cell_backward = torch.library.custom_op(
+    "pdarts_fast::cell_backward", backward_pass, mutates_args=()
+)
 
 
 @cell_backward.register_fake
@@ -328,8 +343,25 @@ refuse_second_derivative(
 )
 
 
-def update_running(
-    running: list[Tensor], batches: list[Tensor], stats: Tensor, key: str, counts: list[int]
+@lru_cache(maxsize=256)
+def _bessel(slots: int, counts: tuple[int, int], device: torch.device) -> Tensor:
+    """What turns statistics of a batch into those that running ones average, ``[rows, 2, 1]``.
+
+    Kept on the device: filled there in every step it would be several launches.
+    """
+    factors = torch.ones(slots + 2, 2, 1, dtype=torch.float64)
+    factors[:slots, 1] = moments.unbiased(factors[:slots, 1], counts[0])
+    factors[slots:, 1] = moments.unbiased(factors[slots:, 1], counts[1])
+    return factors.to(device)
+
+
+def move_running(
+    running: list[Tensor],
+    batches: list[Tensor],
+    stats: Tensor,
+    key: str,
+    counts: list[int],
+    backend: str = "reference",
 ) -> None:
     """Moves running means and variances (alternately, by norm) towards those of the batch.
 
@@ -339,23 +371,27 @@ def update_running(
         stats: float64 ``[slots + 2, 2, C]`` of ``cell_forward``.
         key: The plan.
         counts: M of the cell's slots, and of its preprocessed inputs.
+        backend: Whose kernels may do it.
     """
-    plan = plans.from_key(key)
-    targets = stats[..., : plan.channels].clone()
-    for rows, count in zip(targets.split([plan.num_slots, 2]), counts, strict=True):
-        rows[:, 1] = moments.unbiased(rows[:, 1], count)
-    flat = targets.to(running[0].dtype).flatten(0, 1).unbind()
+    plan, whole = plans.from_key(key), _whole_cell(backend, running[0].dtype)
+    if whole is not None and whole.move_running(plan, running, batches, stats, counts):
+        return
+    factors = _bessel(plan.num_slots, (counts[0], counts[1]), stats.device)
+    kept = stats[..., : plan.channels]
+    targets = torch.empty(kept.shape, dtype=running[0].dtype, device=stats.device)
+    torch.mul(kept, factors, out=targets)
+    flat = targets.flatten(0, 1).unbind()
     picked = [flat[2 * slot + i] for slot in plan.norm_slots for i in (0, 1)]
     torch._foreach_lerp_(running, picked, moments.MOMENTUM)
     torch._foreach_add_(batches, 1)
 
 
 # For traces; eagerly the function itself is twice as fast.
-update_running_operator = torch.library.custom_op(
-    "pdarts_fast::update_running", update_running, mutates_args=("running", "batches")
+update_running = torch.library.custom_op(
+    "pdarts_fast::update_running", move_running, mutates_args=("running", "batches")
 )
 
 
-@update_running_operator.register_fake
-def _(running, batches, stats, key, counts):
+@update_running.register_fake
+def _(running, batches, stats, key, counts, backend="reference"):
     return None

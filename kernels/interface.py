@@ -155,6 +155,10 @@ class Backend(Protocol):
 class WholeCell(Protocol):
     """What a backend may offer instead of being called a primitive at a time."""
 
+    def extra_slots(self, plan: Plan) -> int:
+        """Arrays behind the slots that the forward pass keeps for the backward pass."""
+        ...
+
     def forward(
         self, plan: Plan, saved: Saved, arrays: Arrays, alphas: Tensor, stats: Tensor
     ) -> None:
@@ -182,7 +186,19 @@ class WholeCell(Protocol):
             want_inputs: Whether the gradient of each input is wanted.
 
         Returns:
-            The inputs' gradients, None where not wanted; the alphas', float64 ``[edges * ops]``.
+            The inputs' gradients, None where not wanted; the alphas', ``[edges * ops]``, float64
+            or float32.
             Those of the weights are written if ``arrays.weights`` has room.
         """
+        ...
+
+    def move_running(
+        self,
+        plan: Plan,
+        running: list[Tensor],
+        batches: list[Tensor],
+        stats: Tensor,
+        counts: list[int],
+    ) -> bool:
+        """What ``cell_operator.move_running`` does, unless it returns False."""
         ...

@@ -85,15 +85,57 @@ def test_launches_follow_the_call_tables(small_cell: str, want_weights: bool) ->
     recorded = record_cell(small_cell, 2, (8, 8), torch.bfloat16, want_weights, True)
     names = [launch.name for launch in recorded.backward]
     table = calls.of(small_cell)
-    nodes, gathers, inputs = len(table.both), len(table.gather), len(table.inputs)
-    assert names.count("reduce") == nodes + inputs
+    # What leaves both inputs runs together.
+    nodes, gathers, inputs = len(table.both), len(table.gather) - 1, len(table.inputs)
+    assert names.count("reduce") == nodes
+    assert names.count("coefficients") == 2 * nodes + 1
     assert names.count("transposed") == nodes + gathers
     assert names.count("output_gradient") == nodes + gathers
     assert names.count("fan_in") == gathers
     assert names.count("pointwise_backward") == inputs
-    products = nodes + gathers + inputs if want_weights else 0
-    assert names.count("weight_products") == names.count("weight_gradients") == products
-    assert recorded.backward_operators
+    assert names.count("weight_products") == (1 + inputs) * want_weights
+    assert names.count("weight_gradients") == want_weights
+    forward = [launch.name for launch in recorded.forward]
+    assert forward.count("fan_out") == 2 * gathers
+    assert forward.count("fold") == 1 + 2 * gathers
+    assert forward.count("running") == 1
+
+
+@pytest.mark.parametrize("want_weights", [True, False], ids=["weight_step", "alpha_step"])
+def test_hardly_an_operator_of_torch_is_left(small_cell: str, want_weights: bool) -> None:
+    pytest.importorskip("triton", reason="pip install triton")
+    from pdarts_fast.kernels.triton.record import record_cell
+
+    recorded = record_cell(small_cell, 2, (8, 8), torch.bfloat16, want_weights, True)
+    assert sorted(recorded.forward_operators) == ["cat", "clone", "copy_"]
+    zeros = ["new_zeros", "zeros_like"] if want_weights else ["new_zeros"]
+    assert sorted(recorded.backward_operators) == ["cat", *zeros]
+
+
+def test_innermost_loops_are_read_from_a_listing() -> None:
+    pytest.importorskip("triton", reason="pip install triton")
+    from pdarts_fast.kernels.triton.machine_code import innermost_loops
+
+    listing = """
+.L_x_0:
+        /*0010*/                   MOV R1, R2 ;
+.L_x_1:
+        /*0020*/                   FFMA R1, R2, R3, R1 ;
+        /*0030*/                   LDG.E.128 R4, [R2] ;
+        /*0040*/               @P0 BRA `(.L_x_1) ;
+        /*0050*/              @!P1 BRA `(.L_x_0) ;
+        /*0060*/                   EXIT ;
+.L_x_2:
+        /*0070*/                   BRA `(.L_x_2);
+"""
+    assert innermost_loops(listing) == [(3, 1)]
+
+
+def test_the_density_of_a_stencil_is_that_of_its_loops_of_multiply_adds() -> None:
+    pytest.importorskip("triton", reason="pip install triton")
+    from pdarts_fast.bench.predict_work import stencil_density
+
+    assert stencil_density([(240, 0), (230, 96), (350, 160)]) == 580 / 256
 
 
 def test_bytes_of_a_reduce_are_its_arrays_once(small_cell: str) -> None:

@@ -108,6 +108,9 @@ class CompiledCell:
         task.dropout_state = arrays.state.data_ptr()
         return task
 
+    def extra_slots(self, plan: Plan) -> int:
+        return 0
+
     def forward(
         self, plan: Plan, saved: Saved, arrays: Arrays, alphas: Tensor, stats: Tensor
     ) -> None:
@@ -148,6 +151,16 @@ class CompiledCell:
                 task.state_grads[which] = kept[-1].data_ptr()
         self.library.run_cell(task, backward=True)
         return inputs, grad_alphas.flatten()
+
+    def move_running(
+        self,
+        plan: Plan,
+        running: list[Tensor],
+        batches: list[Tensor],
+        stats: Tensor,
+        counts: list[int],
+    ) -> bool:
+        return False
 
     @staticmethod
     def _halves(plan: Plan) -> int:

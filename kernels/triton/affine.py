@@ -18,21 +18,28 @@ from .registry import Specialisation, register
 # 8 elements of 2 bytes are 16 bytes: 1024 a program are one access for each thread of 4 warps, and
 # as 2048 they are two in flight.
 _ELEMENTS, _WARPS = 2048, 4
+# Left alone, the assembler takes 40 in float32 and spills.
+_REGISTERS = 64
 
 
 @triton.jit(do_not_specialize=["pixels"])
 def _affine_kernel(
-    in_ptr, out_ptr, scale_ptr, shift_ptr, table_ptr, in_pixel, out_pixel, in_slot, out_slot,
-    pixels,
+    in_ptr, out_ptr, other_ptr, scale_ptr, shift_ptr, table_ptr, in_pixel, out_pixel, in_slot,
+    out_slot, pixels,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, item). RELU: item i reads slot table[i].input and writes slot i."""
+    """Program (tile, item). RELU: item i reads and writes the slots of table row i; else the second
+    item is ``other``, in place.
+    """
     item = tl.program_id(1)
     c = tl.arange(0, BLOCK_C)
     m_c = c < C
-    x_ptr = in_ptr
     if RELU:
-        x_ptr += tl.load(table_ptr + item * 16 + 1).to(tl.int64) * in_slot
+        x_ptr = in_ptr + tl.load(table_ptr + item * 16 + 1).to(tl.int64) * in_slot
+        out_ptr += tl.load(table_ptr + item * 16 + 10).to(tl.int64) * out_slot
+    else:
+        x_ptr = tl.where(item == 0, in_ptr, other_ptr)
+        out_ptr = tl.where(item == 0, out_ptr, other_ptr)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     m = (p < pixels)[:, None] & m_c[None, :]
     x = tl.load(x_ptr + p.to(tl.int64)[:, None] * in_pixel + c[None, :], mask=m)
@@ -41,27 +48,30 @@ def _affine_kernel(
     value = x.to(tl.float32) * scale + shift
     if RELU:
         value = tl.maximum(value, 0.0)
-    out = out_ptr + item.to(tl.int64) * out_slot + p.to(tl.int64)[:, None] * out_pixel + c[None, :]
+    out = out_ptr + p.to(tl.int64)[:, None] * out_pixel + c[None, :]
     tl.store(out, value.to(out_ptr.dtype.element_ty), mask=m)
 
 
 def _launch(
     x: Tensor,
     out: Tensor,
+    other: Tensor,
     scale: Tensor,
     shift: Tensor,
     table: Tensor,
+    grid: tuple[int, int],
     slots: tuple[int, int],
     relu: bool,
 ) -> None:
+    """``grid``: pixels and items."""
+    pixels, items = grid
     channels = x.shape[-1]
-    items = len(scale) if relu else 1
-    pixels = x.numel() // channels // (len(x) if relu else 1)
     block = block_channels(channels)
     rows = max(1, _ELEMENTS // block) * TILE_SCALE
     _affine_kernel[(triton.cdiv(pixels, rows), items)](
         x,
         out,
+        other,
         scale,
         shift,
         table,
@@ -74,28 +84,33 @@ def _launch(
         BLOCK_P=rows,
         RELU=relu,
         num_warps=_WARPS,
+        maxnreg=_REGISTERS,
     )
 
 
 def affine_(y: Tensor, scale: Tensor, shift: Tensor) -> None:
     """``y = y * scale + shift`` in place; y ``[N, H, W, C]``, the others float32 ``[C]``."""
-    _launch(y, y, scale, shift, scale, (0, 0), relu=False)
+    _launch(y, y, y, scale, shift, scale, (y[..., 0].numel(), 1), (0, 0), relu=False)
 
 
-def rectified(y: Tensor, table: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def both_affine_(first: Tensor, second: Tensor, scale: Tensor, shift: Tensor) -> None:
+    """``affine_`` of two arrays of the same layout by rows of scale and shift, ``[2, C]``."""
+    grid = (first[..., 0].numel(), 2)
+    _launch(first, first, second, scale, shift, scale, grid, (0, 0), relu=False)
+
+
+def rectified(y: Tensor, table: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
     """``relu(y[input] * scale + shift)`` of every item.
 
     Args:
         y: ``[slots, N, H, W, C]``.
         table: int32 ``[n, TABLE_WIDTH]``.
         scale, shift: float32 ``[n, C]``.
-
-    Returns:
-        ``[n, N, H, W, C]`` of the dtype of y.
+        out: ``[.., N, H, W, C]`` of the dtype of y, written at the table's ``out``.
     """
-    out = y.new_empty((len(table), *y.shape[1:]))
-    _launch(y, out, scale, shift, table, (y.stride(0), out.stride(0)), relu=True)
-    return out
+    grid = (y[0, ..., 0].numel(), len(table))
+    slots = (y.stride(0), out.stride(0))
+    _launch(y, out, out, scale, shift, table, grid, slots, relu=True)
 
 
 def _specialisations() -> list[Specialisation]:
@@ -112,6 +127,7 @@ def _specialisations() -> list[Specialisation]:
                         signature={
                             "in_ptr": f"*{storage}",
                             "out_ptr": f"*{storage}",
+                            "other_ptr": f"*{storage}",
                             "scale_ptr": "*fp32",
                             "shift_ptr": "*fp32",
                             "table_ptr": "*i32" if relu else "*fp32",
@@ -129,6 +145,7 @@ def _specialisations() -> list[Specialisation]:
                         },
                         divisible=("in_pixel", "out_pixel", "in_slot", "out_slot"),
                         num_warps=_WARPS,
+                        max_registers=_REGISTERS,
                         programs=triton.cdiv(pixels * channels, _ELEMENTS) * items,
                         bytes=2 * pixels * channels * width * items,
                         note="rectified" if relu else "in place",

@@ -9,6 +9,7 @@ serves all items.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,7 +30,11 @@ TILE_SCALE = 8 if INTERPRETED else 1
 STORAGE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 # Columns of a table of items, in this order; the last one of TABLE_WIDTH is always zero.
-COLUMNS = ("kind", "input", "slot", "depthwise", "pointwise", "source", "node", "half", "stream")
+# "number" is the item's place in its call, "out" where kernels that write a stack put its array.
+COLUMNS = (
+    "kind", "input", "slot", "depthwise", "pointwise", "source", "node", "half", "stream",
+    "number", "out",
+)  # fmt: skip
 TABLE_WIDTH = 16
 
 # Values of the column "kind": convolutions by kernel and dilation, then the rest.
@@ -71,53 +76,52 @@ def kind(item: Item) -> int:
     return _OTHERS[item.kind]
 
 
-def table(call: Call, arrays: Arrays, kinds: tuple[int, ...] | None = None) -> Tensor | None:
+def table(
+    call: Call,
+    arrays: Arrays,
+    kinds: tuple[int, ...] | None = None,
+    changed: Mapping[str, tuple[int, ...]] | None = None,
+) -> Tensor | None:
     """The items of a call as int32 ``[n, TABLE_WIDTH]`` on the device; made once.
 
-    ``depthwise`` and ``pointwise`` are offsets into the flat weights, in elements. The column
-    after ``COLUMNS`` is the item's number in the call.
+    ``depthwise`` and ``pointwise`` are offsets into the flat weights, in elements.
 
     Args:
         kinds: Keep only items of these; None for all.
+        changed: Columns with other values than the items', one an item.
 
     Returns:
         None if no item is left.
     """
     device = arrays.y.device
-    key = (device, arrays.training, kinds)
+    key = (device, arrays.training, kinds, tuple((changed or {}).items()))
     found = _tables.setdefault(call, {})
     if key not in found:
-        found[key] = _make_table(call, arrays, kinds).to(device)
+        found[key] = _make_table(call, arrays, kinds, changed or {}).to(device)
     made = found[key]
     return made if len(made) else None
 
 
-def _make_table(call: Call, arrays: Arrays, kinds: tuple[int, ...] | None) -> Tensor:
+def _make_table(
+    call: Call,
+    arrays: Arrays,
+    kinds: tuple[int, ...] | None,
+    changed: Mapping[str, tuple[int, ...]],
+) -> Tensor:
     offsets = arrays.weights.layout.offsets
     rows = []
     for number, item in enumerate(call.items):
         if kinds is not None and kind(item) not in kinds:
             continue
-        values = {name: getattr(item, name) for name in COLUMNS}
-        values["kind"] = kind(item)
+        values = item._asdict() | {"number": number, "out": number, "kind": kind(item)}
         for name in ("depthwise", "pointwise"):
             values[name] = offsets[values[name]] if values[name] >= 0 else 0
         if not arrays.training:
             values["stream"] = -1
-        row = [values[name] for name in COLUMNS] + [number]
+        values.update({name: column[number] for name, column in changed.items()})
+        row = [values[name] for name in COLUMNS]
         rows.append(row + [0] * (TABLE_WIDTH - len(row)))
     return torch.tensor(rows, dtype=torch.int32).reshape(-1, TABLE_WIDTH)
-
-
-def numbered(call: Call, arrays: Arrays) -> Tensor:
-    """``table`` of all items whose column "input" is the item's number."""
-    key = (arrays.y.device, "numbered")
-    found = _tables.setdefault(call, {})
-    if key not in found:
-        made = _make_table(call, arrays, None)
-        made[:, 1] = made[:, len(COLUMNS)]
-        found[key] = made.to(arrays.y.device)
-    return found[key]
 
 
 def block_channels(channels: int) -> int:
@@ -151,7 +155,9 @@ def precision(storage: torch.dtype) -> str:
 
 
 def check_storage(x: Tensor) -> None:
-    """Refuses dtypes and channels that the kernels do not take.
+    """Refuses dtypes, channels and sizes that the kernels do not take.
+
+    Places within an array ``[N, H, W, C]`` are 32-bit numbers.
 
     Raises:
         ValueError: Naming what was given.
@@ -160,6 +166,11 @@ def check_storage(x: Tensor) -> None:
         raise ValueError(f"Triton kernels store float32, bfloat16 or float16, got {x.dtype}")
     if x.shape[-1] % 16:
         raise ValueError(f"Triton kernels take channels in multiples of 16, got {x.shape[-1]}")
+    if x.shape[-4:].numel() >= 2**31:
+        raise ValueError(
+            f"Triton kernels take arrays of fewer than 2**31 elements, got {tuple(x.shape[-4:])}: "
+            "choose a smaller batch"
+        )
 
 
 def pixel_stride(x: Tensor) -> int:

@@ -30,22 +30,24 @@ from .weights import packed
 
 @triton.jit(do_not_specialize=["N", "H", "W", "H_OUT", "W_OUT", "tiles"])
 def _fan_out_kernel(
-    x_ptr, y_ptr, taps_ptr, matrices_ptr, partials_ptr, table_ptr,
+    x_ptr, x1_ptr, y_ptr, taps_ptr, matrices_ptr, partials_ptr, table_ptr,
     x_slot, x_pixel, y_slot, N, H, W, H_OUT, W_OUT, tiles,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SECOND: tl.constexpr, PRECISION: tl.constexpr,
     OPERAND: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Program (item, tile). SECOND: x is a stack of inputs that are rectified already."""
+    """Program (item, tile). SECOND: x is a stack of inputs that are rectified already; else x1 is
+    state 1 and x any other.
+    """
     item = tl.program_id(0)
     tile = tl.program_id(1)
     row = table_ptr + item * 16
     kind = tl.load(row)
-    source = tl.load(row + 1)
     taps = taps_ptr + tl.multiple_of(tl.load(row + 3), 16)
-    x = x_ptr
     if SECOND:
-        x += source.to(tl.int64) * x_slot
+        x = x_ptr + tl.load(row + 1).to(tl.int64) * x_slot
+    else:
+        x = tl.where(tl.load(row + 5) == 1, x1_ptr, x_ptr)
     RELU: tl.constexpr = not SECOND
     if kind == 0:
         _convolve(
@@ -134,7 +136,13 @@ def count_tiles(shape: torch.Size | tuple[int, ...], block_p: int, rows: int) ->
 
 
 def _launch(
-    table: Tensor, arrays: Arrays, x: Tensor, partials: Tensor, stride: int, second: bool
+    table: Tensor,
+    arrays: Arrays,
+    x: Tensor,
+    partials: Tensor,
+    stride: int,
+    second: bool,
+    other: Tensor | None = None,
 ) -> None:
     image = x[0] if second else x
     y = arrays.y
@@ -143,6 +151,7 @@ def _launch(
     channels = y.shape[-1]
     _fan_out_kernel[(len(table), partials.shape[1])](
         x,
+        x if other is None else other,
         y,
         weights.taps,
         weights.matrices,
@@ -163,35 +172,72 @@ def _launch(
     )
 
 
-def _partials(call: Call, y: Tensor) -> Tensor:
+def empty_partials(items: int, y: Tensor) -> Tensor:
+    """Room for the moments of tiles of arrays like those in y."""
     storage = common.STORAGE[y.dtype]
     chosen = settings(storage, y.shape[-1], is_blackwell(y.device))
     tiles = max(
         count_tiles(y.shape[1:], chosen["BLOCK_P"], chosen["ROWS"]),
         preprocess.count_tiles(y.shape[1:], storage),
     )
-    return y.new_empty((len(call.items), tiles, 3, y.shape[-1]), dtype=torch.float32)
+    return y.new_empty((items, tiles, 3, y.shape[-1]), dtype=torch.float32)
+
+
+def leaving(
+    call: Call, arrays: Arrays, x: Tensor, partials: Tensor, other: Tensor | None = None
+) -> None:
+    """Everything that leaves a state, or states 0 and 1, and the moments of tiles.
+
+    Args:
+        x: The state.
+        partials: float32 ``[n, tiles, 3, C]`` of ``empty_partials``, written.
+        other: State 1, if the call has items of two.
+    """
+    stencils = common.table(call, arrays, common.STENCILS)
+    if stencils is not None:
+        _launch(stencils, arrays, x, partials, call.items[0].stride, False, other)
+    preprocess.one_by_one(call, arrays, x, partials, other)
+
+
+def second_halves(
+    call: Call,
+    arrays: Arrays,
+    scale: Tensor,
+    shift: Tensor,
+    partials: Tensor,
+    places: tuple[int, ...],
+    stack: Tensor,
+) -> None:
+    """Second halves and the moments of tiles.
+
+    Args:
+        scale, shift: float32 ``[n, C]``.
+        partials: As for ``leaving``.
+        places: Where in ``stack`` the normalised and rectified input of every item goes.
+        stack: ``[.., N, H, W, C]``.
+    """
+    table = common.table(call, arrays, changed={"out": places})
+    assert table is not None
+    rectified(arrays.y, table, scale, shift, stack)
+    table = common.table(call, arrays, changed={"input": places})
+    assert table is not None
+    _launch(table, arrays, stack, partials, 1, second=True)
 
 
 def fan_out(call: Call, arrays: Arrays, x: Tensor, sums: Tensor) -> None:
     """``interface.Backend.fan_out``."""
     common.check_storage(arrays.y)
-    partials = _partials(call, arrays.y)
-    stencils = common.table(call, arrays, common.STENCILS)
-    if stencils is not None:
-        _launch(stencils, arrays, x, partials, call.items[0].stride, second=False)
-    preprocess.one_by_one(call, arrays, x, partials)
+    partials = empty_partials(len(call.items), arrays.y)
+    leaving(call, arrays, x, partials)
     fold(partials, sums)
 
 
 def mid(call: Call, arrays: Arrays, scale: Tensor, shift: Tensor, sums: Tensor) -> None:
     """``interface.Backend.mid``."""
-    table = common.table(call, arrays)
-    assert table is not None
-    partials = _partials(call, arrays.y)
-    x = rectified(arrays.y, table, scale, shift)
-    # Item i of the call reads row i of what was just written.
-    _launch(common.numbered(call, arrays), arrays, x, partials, 1, second=True)
+    items, y = len(call.items), arrays.y
+    partials = empty_partials(items, y)
+    stack = y.new_empty((items, *y.shape[1:]))
+    second_halves(call, arrays, scale, shift, partials, tuple(range(items)), stack)
     fold(partials, sums)
 
 
@@ -223,7 +269,7 @@ def _specialisation(
     items = edges * len(taps) + (0 if second else 2)
     pixels, width = 96 * size * size, 4 if data == "fp32" else 2
     read = (edges * len(taps) if second else 1) * stride * stride
-    pointers = ("x_ptr", "y_ptr", "matrices_ptr")
+    pointers = ("x_ptr", "x1_ptr", "y_ptr", "matrices_ptr")
     strides = ("x_slot", "x_pixel", "y_slot")
     sizes = ("N", "H", "W", "H_OUT", "W_OUT", "tiles")
     return Specialisation(

@@ -42,8 +42,9 @@ def register() -> None:
     """Makes the primitives known to ``kernels.cell`` under the name ``triton``."""
     from .. import cell_operator
     from .primitives import TritonPrimitives
+    from .whole_cell import TritonCell
 
-    cell_operator.register_backend("triton", TritonPrimitives())
+    cell_operator.register_backend("triton", TritonPrimitives(), TritonCell())
 
 
 def prepare_cell(cell: nn.Module) -> None:

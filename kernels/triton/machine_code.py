@@ -31,7 +31,9 @@ SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx94
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", re.M)
-_VERSION = 1
+_LABEL = re.compile(r"^(\.L_x_\d+):")
+_BACK = re.compile(r"BRA.*`\((\.L_x_\d+)\)")
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Code:
         stack: Bytes of a thread, spills included.
         shared: Bytes of a block.
         instructions: How often each opcode with its modifiers stands in the code.
+        loops: Of every innermost loop its instructions, and how many are float32 multiply-adds.
         failure: First line of what the compiler said if it did not compile, else empty.
     """
 
@@ -50,6 +53,7 @@ class Code:
     stack: int = 0
     shared: int = 0
     instructions: dict[str, int] | None = None
+    loops: list[tuple[int, int]] | None = None
     failure: str = ""
 
     def count(self, pattern: str) -> int:
@@ -129,6 +133,32 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+def innermost_loops(listing: str) -> list[tuple[int, int]]:
+    """``Code.loops`` of what nvdisasm prints: a branch back to a label ends a loop."""
+    labels: dict[str, int] = {}
+    opcodes: list[str] = []
+    found: list[tuple[int, int]] = []
+    for line in listing.splitlines():
+        label = _LABEL.match(line)
+        if label:
+            labels[label[1]] = len(opcodes)
+        instruction = _INSTRUCTION.match(line)
+        if instruction:
+            opcodes.append(instruction[1])
+            back = _BACK.search(line)
+            # A branch to itself pads the end of the code.
+            if back and back[1] in labels and labels[back[1]] < len(opcodes) - 1:
+                found.append((labels[back[1]], len(opcodes)))
+    inner = [
+        one for one in found
+        if not any(one != other and one[0] <= other[0] and other[1] <= one[1] for other in found)
+    ]  # fmt: skip
+    return [
+        (end - begin, sum(opcode.startswith("FFMA") for opcode in opcodes[begin:end]))
+        for begin, end in inner
+    ]
+
+
 def _read_nvidia(compiled: Any) -> Code:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -143,6 +173,7 @@ def _read_nvidia(compiled: Any) -> Code:
         stack=int(found[2]),
         shared=compiled.metadata.shared,
         instructions=dict(Counter(_INSTRUCTION.findall(listing))),
+        loops=innermost_loops(listing),
     )
 
 

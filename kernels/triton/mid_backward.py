@@ -12,7 +12,6 @@ Reference: ``Reference.mid_backward``. Test: tests/triton_interpret.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..calls import Call
@@ -22,61 +21,106 @@ from .gradient_rows import device_table
 from .output_gradient import PRODUCT, RECTIFY, output_gradient
 from .sums import sum_partials
 from .transposed import transposed
-from .weight_gradient import product, weight_gradients
+from .weight_gradient import weight_gradients
+from .weight_tasks import make_task, product
 
 
-def _gradient_rows(call: Call, offsets: list[int], channels: int, rectify: bool) -> list[list[int]]:
-    rows = [
-        [PRODUCT, i, item.slot, item.node, -1, offsets[item.pointwise], i, 0, channels]
-        for i, item in enumerate(call.items)
+def _gradient_rows(
+    call: Call, offsets: list[int], channels: int, numbers: tuple[int, ...]
+) -> list[list[int]]:
+    return [
+        [PRODUCT, number, item.slot, item.node, -1, offsets[item.pointwise], i, 0, channels]
+        for i, (number, item) in enumerate(zip(numbers, call.items, strict=True))
     ]
-    if rectify:
-        rows += [
-            [RECTIFY, i, 0, 0, -1, 0, i, 0, 0, item.input] for i, item in enumerate(call.items)
-        ]
-    return rows
+
+
+def _rectified_rows(call: Call) -> list[list[int]]:
+    return [[RECTIFY, i, 0, 0, -1, 0, i, 0, 0, item.input] for i, item in enumerate(call.items)]
+
+
+def _transposed(
+    call: Call, arrays: Arrays, dz: Tensor, second: tuple[Tensor, Tensor], rows: tuple[int, ...]
+) -> Tensor:
+    """Writes the halves' gradients; returns parts of their sums, float32 ``[2 n, parts, C]``."""
+    assert arrays.half_grads is not None
+    items, offsets, device = call.items, arrays.weights.layout.offsets, dz.device
+    groups = device_table(
+        call,
+        ("groups", rows),
+        device,
+        lambda: [
+            [i, i + 1, item.half, item.input, row]
+            for i, (row, item) in enumerate(zip(rows, items, strict=True))
+        ],
+    )
+    table = device_table(
+        call,
+        ("transposed", dz.shape[-1]),
+        device,
+        lambda: [[common.kind(item), i, offsets[item.depthwise]] for i, item in enumerate(items)],
+    )
+    partials = transposed(arrays, groups, len(items), table, dz, arrays.half_grads, second=second)
+    assert partials is not None
+    return partials
+
+
+def half_gradients(
+    call: Call,
+    arrays: Arrays,
+    norms: Tensor,
+    rows: tuple[int, ...],
+    coef: Tensor,
+    numbers: tuple[int, ...],
+) -> Tensor:
+    """Gradients of first halves' normalised outputs, of no weight: two launches.
+
+    Args:
+        norms: Scale and shift, float64 ``[.., 2, C]``.
+        rows: Rows of norms of what the items read.
+        coef: float32 ``[.., 3, C]``.
+        numbers: Rows of coef of the items.
+
+    Returns:
+        Of every item parts of the sum of the gradient, and of its product with the normalised
+        output, float32 ``[2 n, parts, C]``.
+    """
+    y, channels = arrays.y, arrays.y.shape[-1]
+    offsets = arrays.weights.layout.offsets
+    dz = y.new_empty(len(call.items), *y.shape[1:])
+    table = device_table(
+        call,
+        ("output_gradient", channels, numbers),
+        y.device,
+        lambda: _gradient_rows(call, offsets, channels, numbers),
+    )
+    size = (y.shape[2], y.shape[3])
+    output_gradient(arrays, table, len(table), dz, dz, y[0], size, coef)
+    return _transposed(call, arrays, dz, (norms[:, 0], norms[:, 1]), rows)
 
 
 def mid_backward(
     call: Call, arrays: Arrays, scale: Tensor, shift: Tensor, coef: Tensor, sums: Tensor
 ) -> None:
     """``interface.Backend.mid_backward``."""
-    assert arrays.half_grads is not None
     y, items = arrays.y, call.items
     common.check_storage(y)
     channels, offsets = y.shape[-1], arrays.weights.layout.offsets
     wanted = arrays.weights.grad is not None
-    size = (y.shape[2], y.shape[3])
-    stack = torch.empty(
-        2 if wanted else 1, len(items), *y.shape[1:], dtype=y.dtype, device=y.device
-    )
+    size, numbers = (y.shape[2], y.shape[3]), tuple(range(len(items)))
+    stack = y.new_empty(2 if wanted else 1, len(items), *y.shape[1:])
     dz, rectified = stack[0], stack[-1]
     table = device_table(
         call,
-        ("output_gradient", channels, wanted),
+        ("output_gradient and inputs", channels, wanted),
         y.device,
-        lambda: _gradient_rows(call, offsets, channels, wanted),
+        lambda: (
+            _gradient_rows(call, offsets, channels, numbers)
+            + (_rectified_rows(call) if wanted else [])
+        ),
     )
     output_gradient(arrays, table, len(table), dz, rectified, y[0], size, coef, scale, shift)
-    groups = device_table(
-        call,
-        ("groups", channels),
-        y.device,
-        lambda: [[i, i + 1, item.half, item.input] for i, item in enumerate(items)],
-    )
-    rows = device_table(
-        call,
-        ("transposed", channels),
-        y.device,
-        lambda: [[common.kind(item), i, offsets[item.depthwise]] for i, item in enumerate(items)],
-    )
-    partials = transposed(
-        arrays, groups, len(items), rows, dz, arrays.half_grads, second=(scale, shift)
-    )
-    assert partials is not None
-    sum_partials(partials, sums)
+    sum_partials(_transposed(call, arrays, dz, (scale, shift), numbers), sums)
     if wanted:
-        products = [product(item, i, i, offsets) for i, item in enumerate(items)]
-        weight_gradients(
-            call, arrays, products, rectified, size, coef, rectified=True
-        )  # fmt: skip
+        products = tuple(product(item, i, i, offsets) for i, item in enumerate(items))
+        task = make_task(arrays, products, rectified, coef, rectified=True)
+        weight_gradients(call, arrays, task)

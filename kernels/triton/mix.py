@@ -50,21 +50,24 @@ def _mix_kernel(
     skips_ptr, rate_ptr, state_ptr, y_slot, s0_pixel, s1_pixel, s2_pixel, s3_pixel, s4_pixel,
     out_pixel, pixels, branches,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, CHANNELS: tl.constexpr,
-    SKIPS: tl.constexpr,
+    SKIPS: tl.constexpr, SHIFTS: tl.constexpr,
 ):  # fmt: skip
-    """Program: BLOCK_P pixels. SKIPS: whether there may be skips."""
+    """Program: BLOCK_P pixels. SKIPS: whether there may be skips. SHIFTS: one for each item."""
     c = tl.arange(0, BLOCK_C)
     m_c = c < C
     p = (tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
     m = (p < pixels)[:, None] & m_c[None, :]
     total = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
-    total += tl.load(shift_ptr + c[None, :], mask=m_c[None, :], other=0.0)
+    if not SHIFTS:
+        total += tl.load(shift_ptr + c[None, :], mask=m_c[None, :], other=0.0)
     place = y_ptr + p[:, None] * C + c[None, :]
     for i in range(branches):
         slot = tl.load(table_ptr + i * 16 + 2).to(tl.int64)
         item = tl.load(table_ptr + i * 16 + 9)
         y = tl.load(place + slot * y_slot, mask=m, other=0.0).to(tl.float32)
         total += y * tl.load(scale_ptr + item * C + c[None, :], mask=m_c[None, :], other=0.0)
+        if SHIFTS:
+            total += tl.load(shift_ptr + item * C + c[None, :], mask=m_c[None, :], other=0.0)
     if SKIPS:
         total = _skip(
             total, s0_ptr, s0_pixel, scale_ptr, skips_ptr, rate_ptr, state_ptr, p, m, m_c, c,
@@ -150,6 +153,7 @@ def mix(call: Call, arrays: Arrays, scale: Tensor, shift: Tensor, out: Tensor) -
         BLOCK_P=rows,
         CHANNELS=arrays.channels,
         SKIPS=skips is not None,
+        SHIFTS=shift.dim() == 2,
         num_warps=_WARPS,
     )
 
@@ -158,7 +162,7 @@ def _specialisations() -> list[Specialisation]:
     found = []
     for channels, size in ((16, 32), (32, 16), (64, 8)):
         for storage in gated_storages(channels):
-            for skips in (False, True):
+            for skips, shifts in ((False, False), (True, False), (True, True)):
                 pixels, branches = 96 * size * size, 25
                 width = 4 if storage == "fp32" else 2
                 arrays = 1 + branches + (5 if skips else 0)
@@ -173,6 +177,7 @@ def _specialisations() -> list[Specialisation]:
                             "BLOCK_P": _ELEMENTS // channels,
                             "CHANNELS": channels,
                             "SKIPS": skips,
+                            "SHIFTS": shifts,
                         },
                         divisible=("y_slot", *(f"s{i}_pixel" for i in range(5)), "out_pixel"),
                         num_warps=_WARPS,
@@ -180,7 +185,7 @@ def _specialisations() -> list[Specialisation]:
                         bytes=pixels * channels * width * arrays,
                         stencil_flops=2 * pixels * channels * (arrays - 1),
                         trips=branches,
-                        note="with skips" if skips else "",
+                        note=("with skips" if skips else "") + (" and shifts" if shifts else ""),
                     )
                 )
     return found

@@ -33,7 +33,7 @@ _MAX: tl.constexpr = tl.constexpr(MAX)
 # Columns of the table. "begin" and "count": rows with number and node of every edge of a pool.
 COLUMNS = (
     "op", "number", "slot", "node", "half", "matrix", "out", "low", "high", "input", "begin",
-    "count", "arg",
+    "count", "arg", "source",
 )  # fmt: skip
 
 
@@ -91,14 +91,17 @@ def _largest_tap(
 
 @triton.jit(do_not_specialize=["pixels", "x_pixels", "H", "W", "H_OUT", "W_OUT"])
 def _output_gradient_kernel(
-    g0_ptr, g1_ptr, g2_ptr, g3_ptr, half_ptr, y_ptr, x_ptr, coef_ptr, scale_ptr, shift_ptr,
+    g0_ptr, g1_ptr, g2_ptr, g3_ptr, half_ptr, y_ptr, x_ptr, x1_ptr, coef_ptr, scale_ptr, shift_ptr,
     matrices_ptr, out_ptr, rectified_ptr, table_ptr,
     g0_pixel, g1_pixel, g2_pixel, g3_pixel, half_slot, y_slot, x_pixel, rectified_slot,
     pixels, x_pixels, H, W, H_OUT, W_OUT,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STRIDE: tl.constexpr,
     SECOND: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Program (row of the table, tile). SECOND: of second halves, whose input is a slot."""
+    """Program (row of the table, tile). SECOND: of second halves, whose input is a slot.
+
+    x1 is state 1, x any other.
+    """
     table = table_ptr + tl.program_id(0) * 16
     tile = tl.program_id(1)
     op = tl.load(table)
@@ -112,6 +115,7 @@ def _output_gradient_kernel(
     at = pixel[:, None] * C + c[None, :]
     out = out_ptr + tl.load(table + 6).to(tl.int64) * y_slot
     STORAGE: tl.constexpr = out_ptr.dtype.element_ty
+    x_ptr = tl.where(tl.load(table + 13) == 1, x1_ptr, x_ptr)
     if op == _RECTIFY:
         _rectify(
             x_ptr, y_ptr, rectified_ptr + tl.load(table + 6).to(tl.int64) * rectified_slot,
@@ -175,6 +179,7 @@ def output_gradient(
     coef: Tensor,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    other: Tensor | None = None,
 ) -> None:
     """One launch over the first ``rows`` rows of a table.
 
@@ -186,6 +191,7 @@ def output_gradient(
         output_size: H and W.
         coef: float32 ``[items, 3, C]``.
         scale, shift: float32 ``[items, C]`` of what second halves read; else None.
+        other: State 1, if the table has rows of two states; like x.
     """
     channels, pixels = out.shape[-1], out[0, ..., 0].numel()
     height, width = x.shape[1:3]
@@ -195,7 +201,8 @@ def output_gradient(
     halves = out if arrays.half_grads is None else arrays.half_grads
     second = scale is not None
     _output_gradient_kernel[(rows, triton.cdiv(pixels, block_p))](
-        *grads, halves, arrays.y, x, coef, scale if second else coef, shift if second else coef,
+        *grads, halves, arrays.y, x, x if other is None else other, coef,
+        scale if second else coef, shift if second else coef,
         packed(arrays.weights, out.dtype).matrices, out, rectified, table,
         *strides, halves.stride(0), arrays.y.stride(0), pixel_stride(x), rectified.stride(0),
         pixels, x[..., 0].numel(), height, width, *output_size,

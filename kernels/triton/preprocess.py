@@ -39,13 +39,16 @@ def _one_by_one_product(
 
 @triton.jit(do_not_specialize=["N", "H", "W", "H_OUT", "W_OUT", "tiles", "split"])
 def _one_by_one_kernel(
-    x_ptr, y_ptr, matrices_ptr, partials_ptr, table_ptr, x_pixel, y_slot, N, H, W, H_OUT, W_OUT,
-    tiles, split,
+    x_ptr, x1_ptr, y_ptr, matrices_ptr, partials_ptr, table_ptr, x_pixel, y_slot, N, H, W,
+    H_OUT, W_OUT, tiles, split,
     C: tl.constexpr, BLOCK_C: tl.constexpr, C_IN: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr, FACTORIZED: tl.constexpr, PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Program (item, tile): BLOCK_M pixels of one item."""
+    """Program (item, tile): BLOCK_M pixels of one item.
+
+    Factorized reduces may leave two states: x1 is state 1, x any other.
+    """
     tile = tl.program_id(1)
     row = table_ptr + tl.program_id(0) * 16
     matrix = matrices_ptr + tl.multiple_of(tl.load(row + 4), 16)
@@ -56,6 +59,7 @@ def _one_by_one_kernel(
     inside = p < pixels
     value = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
     if FACTORIZED:
+        x_ptr = tl.where(tl.load(row + 5) == 1, x1_ptr, x_ptr)
         w = (p % W_OUT) * 2
         h = (p // W_OUT % H_OUT) * 2
         n = p // (W_OUT * H_OUT)
@@ -107,10 +111,14 @@ def settings(storage: str, channels: int, in_channels: int) -> dict[str, Any]:
     }
 
 
-def one_by_one(call: Call, arrays: Arrays, x: Tensor, partials: Tensor) -> None:
+def one_by_one(
+    call: Call, arrays: Arrays, x: Tensor, partials: Tensor, other: Tensor | None = None
+) -> None:
     """Those items of ``fan_out`` that are 1x1 convolutions.
 
     Args:
+        x: What they read.
+        other: What those read that leave state 1, if the call has items of two states.
         partials: float32 ``[n, tiles, 3, C]``; rows of these items are written, tiles that they
             do not have with zeros.
     """
@@ -124,6 +132,7 @@ def one_by_one(call: Call, arrays: Arrays, x: Tensor, partials: Tensor) -> None:
         factorized = wanted == common.FACTORIZED
         _one_by_one_kernel[(len(table), partials.shape[1])](
             x,
+            x if other is None else other,
             y,
             packed(arrays.weights, y.dtype).matrices,
             partials,
@@ -186,7 +195,7 @@ def _specialisation(
         shape=(96, size, size, channels),
         storage=storage,
         signature={
-            **dict.fromkeys(("x_ptr", "y_ptr", "matrices_ptr"), f"*{data}"),
+            **dict.fromkeys(("x_ptr", "x1_ptr", "y_ptr", "matrices_ptr"), f"*{data}"),
             "partials_ptr": "*fp32",
             "table_ptr": "*i32",
             **dict.fromkeys(("x_pixel", "y_slot", *sizes), "i32"),

@@ -38,7 +38,9 @@ def _reduce_kernel(
     grad_pixel, y_slot, x0_pixel, x1_pixel, x2_pixel, x3_pixel, x4_pixel, x5_pixel,
     pixels, parts,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, CHANNELS: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
+    """Program (row, part). STEP: elements from a scale, or shift, to the next."""
     row = tl.program_id(0)
     part = tl.program_id(1)
     c = tl.arange(0, BLOCK_C)
@@ -79,8 +81,10 @@ def _reduce_kernel(
             slot = tl.load(item + 2).to(tl.int64)
             number = tl.load(item + 9)
             y = y_ptr + slot * y_slot
-            scale = tl.load(scale_ptr + number * C + c, mask=m_c, other=0.0)[None, :]
-            shift = tl.load(shift_ptr + number * C + c, mask=m_c, other=0.0)[None, :]
+            scale = tl.load(scale_ptr + number * STEP + c, mask=m_c, other=0.0)
+            scale = scale.to(tl.float32)[None, :]
+            shift = tl.load(shift_ptr + number * STEP + c, mask=m_c, other=0.0)
+            shift = shift.to(tl.float32)[None, :]
             for tile in range(part, tiles, parts):
                 pixel = (tile * BLOCK_P + p).to(tl.int64)
                 m = (pixel < pixels)[:, None] & m_c[None, :]
@@ -97,10 +101,20 @@ def _parts(rows: int, pixels: int, block: int) -> int:
     return min(triton.cdiv(pixels, block), max(8, _PROGRAMS // rows))
 
 
-def reduce(
-    call: Call, arrays: Arrays, grad: Tensor, scale: Tensor, shift: Tensor, sums: Tensor
-) -> None:
-    """``interface.Backend.reduce``: two launches."""
+def partial_sums(
+    call: Call,
+    arrays: Arrays,
+    grad: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    numbers: tuple[int, ...] | None = None,
+) -> Tensor:
+    """Parts of the sums, float32 ``[1 + n, parts, C]``: one launch.
+
+    Args:
+        scale, shift: ``[rows, C]``, with numbers of one stride, else contiguous.
+        numbers: Row of every item; None for its place in the call.
+    """
     common.check_storage(grad)
     channels, pixels = grad.shape[-1], grad[..., 0].numel()
     block_c = block_channels(channels)
@@ -109,13 +123,21 @@ def reduce(
     parts = _parts(rows, pixels, block_p)
     partials = torch.empty(rows, parts, channels, dtype=torch.float32, device=grad.device)
     states, strides = common.states(arrays)
-    table = common.table(call, arrays)
+    table = common.table(call, arrays, changed=None if numbers is None else {"number": numbers})
     _reduce_kernel[(rows, parts)](
         grad, arrays.y, *states, scale, shift, arrays.rate, arrays.state, table, partials,
         pixel_stride(grad), arrays.y.stride(0), *strides, pixels, parts,
         C=channels, BLOCK_C=block_c, BLOCK_P=block_p, CHANNELS=arrays.channels,
+        STEP=channels if numbers is None else scale.stride(0),
     )  # fmt: skip
-    sum_partials(partials, sums)
+    return partials
+
+
+def reduce(
+    call: Call, arrays: Arrays, grad: Tensor, scale: Tensor, shift: Tensor, sums: Tensor
+) -> None:
+    """``interface.Backend.reduce``: two launches."""
+    sum_partials(partial_sums(call, arrays, grad, scale, shift), sums)
 
 
 def _specialisations() -> list[Specialisation]:

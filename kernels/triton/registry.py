@@ -35,11 +35,13 @@ MODULES = (
     "fold",
     "reduce",
     "sums",
+    "coefficients",
     "output_gradient",
     "transposed",
     "fan_in",
     "pointwise_backward",
     "weight_gradient",
+    "running",
 )
 
 

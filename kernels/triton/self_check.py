@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from pdarts_fast.errors import RunError
 from pdarts_fast.version import __version__
 
-from .. import calls, plan
+from .. import calls, cell_operator, plan
 from ..calls import Call
 from ..interface import Arrays, Backend
 from ..reference import Reference
@@ -225,8 +226,55 @@ CHECKS: dict[str, Callable[[Sample, Backend, Arrays], Outputs]] = {
 }
 
 
+def _whole_pass(s: Sample, backend: str, device: torch.device, dtype: torch.dtype) -> Outputs:
+    """Both passes of a cell by the operators that a search calls, training and all gradients."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    sizes = [rows * columns for rows, columns in s.layout.shapes]
+    weights = [part.to(device, wide) for part in s.flat.split(sizes)]
+    images = [
+        _coefficients(s.flat, BATCH, SIZE, SIZE, depth).permute(0, 3, 1, 2).to(device, dtype)
+        for depth in s.plan.in_channels
+    ]
+    images[1] = images[1][..., : SIZE // 2, : SIZE // 2]
+    alphas = _coefficients(s.flat, 14, s.plan.num_ops).to(device, wide)
+    rate = torch.tensor([0.25], device=device)
+    state = torch.tensor([3, 4], device=device)
+    rest = (s.plan.key, backend, True)
+    outputs = cell_operator.forward_pass(
+        images[0], images[1], alphas, weights, [], rate, state, *rest, dtype
+    )
+    grad = _coefficients(s.flat, *outputs[0].shape).to(device, dtype)
+    found = cell_operator.backward_pass(
+        grad, images[0], images[1], alphas, weights, list(outputs), state, *rest, [True] * 4
+    )
+    running = [torch.zeros(CHANNELS, device=device) for _ in range(2 * len(s.plan.norms))]
+    batches = [torch.zeros((), dtype=torch.int64, device=device) for _ in s.plan.norms]
+    counts = [outputs[0][:, 0].numel(), images[1][:, 0].numel()]
+    cell_operator.move_running(running, batches, outputs[8], s.plan.key, counts, backend)
+    names = ("s0", "s1", "alphas", "weights")
+    return {
+        "out": outputs[0], **dict(zip(names, found, strict=True)),
+        "running": torch.stack(running), "batches": torch.stack(batches),
+    }  # fmt: skip
+
+
+def _check_passes(device: torch.device) -> list[Finding]:
+    found = []
+    for reduction in (False, True):
+        sample = Sample(reduction, torch.float32)
+        want = _whole_pass(sample, "reference", torch.device("cpu"), torch.float64)
+        label = f"whole pass{' of a reduction cell' if reduction else ''}"
+        found += _compared(
+            label, "fp32", TOLERANCE[torch.float32], want,
+            partial(_whole_pass, sample, "triton", device, torch.float32),
+        )  # fmt: skip
+    return found
+
+
 def check(device: torch.device, backend: Backend | None = None) -> list[Finding]:
     """Runs every primitive in float32 and bfloat16, of a normal and a reduction cell.
+
+    Whole passes, in float32, follow if the primitives are the Triton ones.
 
     Args:
         device: Where; needs CUDA unless the kernels are interpreted.
@@ -243,7 +291,7 @@ def check(device: torch.device, backend: Backend | None = None) -> list[Finding]
                 # Skips of a reduction cell have no batch of the inputs' size.
                 if not (reduction and name == "reduce"):
                     found += _compare(sample, name, run, device, backend or TritonPrimitives())
-    return found
+    return found + (_check_passes(device) if backend is None else [])
 
 
 def _compare(
@@ -252,8 +300,18 @@ def _compare(
     tolerance, storage = TOLERANCE[sample.storage], STORAGE[sample.storage]
     label = f"{name}{' of a reduction cell' if sample.plan.reduction else ''}"
     want = run(sample, Reference(), sample.arrays(torch.device("cpu"), torch.float64))
+    return _compared(
+        label, storage, tolerance, want,
+        lambda: run(sample, backend, sample.arrays(device, sample.storage)),
+    )  # fmt: skip
+
+
+def _compared(
+    label: str, storage: str, tolerance: float, want: Outputs, run: Callable[[], Outputs]
+) -> list[Finding]:
+    """Findings of what ``run`` returns."""
     try:
-        outputs = run(sample, backend, sample.arrays(device, sample.storage))
+        outputs = run()
         got = {array: value.cpu().double() for array, value in outputs.items()}
     # A driver or compiler may raise anything; what it raised belongs in the report.
     except Exception as error:

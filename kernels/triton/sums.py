@@ -15,7 +15,19 @@ from .common import TILE_SCALE, block_channels
 from .record import search_specialisations
 from .registry import Specialisation, register
 
-_ELEMENTS = 1024
+ELEMENTS = 1024
+
+
+@triton.jit
+def sum_row(base, programs, c, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum over programs of float32 [programs, C], float64 [BLOCK_C]."""
+    b = tl.arange(0, BLOCK)
+    acc = tl.zeros([BLOCK, BLOCK_C], dtype=tl.float64)
+    for first in range(0, programs, BLOCK):
+        p = first + b
+        m = (p < programs)[:, None] & (c < C)[None, :]
+        acc += tl.load(base + p[:, None] * C + c[None, :], mask=m, other=0.0).to(tl.float64)
+    return tl.sum(acc, 0)
 
 
 @triton.jit(do_not_specialize=["programs"])
@@ -25,15 +37,8 @@ def _sum_partials_kernel(
     """Program i makes row i of out. A float64 sum a column, since rows have opposite signs."""
     i = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
-    b = tl.arange(0, BLOCK)
-    m_c = c < C
-    base = partials_ptr + i * programs * C
-    acc = tl.zeros([BLOCK, BLOCK_C], dtype=tl.float64)
-    for first in range(0, programs, BLOCK):
-        p = first + b
-        m = (p < programs)[:, None] & m_c[None, :]
-        acc += tl.load(base + p[:, None] * C + c[None, :], mask=m, other=0.0).to(tl.float64)
-    tl.store(out_ptr + i * C + c, tl.sum(acc, 0), mask=m_c)
+    total = sum_row(partials_ptr + i * programs * C, programs, c, C, BLOCK_C, BLOCK)
+    tl.store(out_ptr + i * C + c, total, mask=c < C)
 
 
 def sum_partials(partials: Tensor, out: Tensor) -> None:
@@ -46,7 +51,7 @@ def sum_partials(partials: Tensor, out: Tensor) -> None:
     rows, programs, channels = partials.shape
     block = block_channels(channels)
     _sum_partials_kernel[(rows,)](
-        partials, out, programs, C=channels, BLOCK_C=block, BLOCK=_ELEMENTS // block * TILE_SCALE
+        partials, out, programs, C=channels, BLOCK_C=block, BLOCK=ELEMENTS // block * TILE_SCALE
     )
 
 

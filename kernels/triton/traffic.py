@@ -13,13 +13,19 @@ from torch import Tensor
 from .. import plan
 
 if TYPE_CHECKING:
-    from .record import Launch
+    from .recorder import Launch
 
 
 def _whole(launch: Launch, *names: str) -> int:
     """Bytes of arguments that are read or written from end to end."""
     values = (launch.values[name] for name in names)
     return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
+
+
+def _states(launch: Launch) -> int:
+    """Bytes of one or both states that a launch reads."""
+    both = launch.values["x1_ptr"] is not launch.values["x_ptr"]
+    return _whole(launch, "x_ptr", *["x1_ptr"] * both)
 
 
 def _array(launch: Launch) -> int:
@@ -38,10 +44,13 @@ def _gradients(launch: Launch) -> int:
 def _forward(launch: Launch, array: int) -> int | None:
     name, items = launch.name, [] if launch.call is None else launch.call.items
     if name == "fan_out":
-        return _whole(launch, "x_ptr", "partials_ptr") + len(items) * array
+        read = len(items) * array if launch.values["SECOND"] else _states(launch)
+        return read + _whole(launch, "partials_ptr") + len(items) * array
     if name == "one_by_one":
-        return _whole(launch, "x_ptr", "partials_ptr") + array * sum(
-            item.kind in (plan.FACTORIZED, plan.POINTWISE) for item in items
+        return (
+            _states(launch)
+            + _whole(launch, "partials_ptr")
+            + array * sum(item.kind in (plan.FACTORIZED, plan.POINTWISE) for item in items)
         )
     if name == "affine":
         return 2 * array * max(1, len(items))
@@ -73,11 +82,16 @@ def _backward(launch: Launch, array: int) -> int:
     if name == "fan_in":
         skips = sum(item.kind == plan.SKIP for item in items)
         reduces = 2 * sum(item.kind == plan.FACTORIZED for item in items)
-        read = _whole(launch, "x_ptr", "parts_ptr", "out_ptr")
+        read = _states(launch) + _whole(launch, "parts_ptr", "out_ptr")
         incoming = launch.values["INCOMING"] * _whole(launch, "out_ptr")
         return read + incoming + (skips + reduces) * array
     if name == "weight_products":
-        arrays = (convolutions + _gradients(launch)) * array
+        kept = (
+            0
+            if launch.values["v_ptr"] is launch.values["x_ptr"]
+            else sum(item.input >= 0 for item in items)
+        )
+        arrays = (convolutions + kept + _gradients(launch)) * array
         return arrays + _whole(launch, "x_ptr", "partials_ptr")
     if name == "pointwise_backward":
         return 2 * array + 2 * _whole(launch, "x_ptr")
@@ -90,12 +104,12 @@ def traffic(launch: Launch) -> int:
     Raises:
         ValueError: The kernel is not known here.
     """
-    if launch.name in ("fold", "sum_partials"):
-        return _whole(launch, "partials_ptr")
-    if launch.name == "weight_gradients":
+    if launch.name in ("fold", "sum_partials", "coefficients", "weight_gradients"):
         return _whole(launch, "partials_ptr")
     if launch.name == "pack_weights":
         return _whole(launch, "flat_ptr", "index_ptr", "taps_ptr", "matrices_ptr")
+    if launch.name == "running":
+        return launch.programs * (launch.values["channels"] * 32 + 48)
     array = _array(launch)
     found = _forward(launch, array)
     return _backward(launch, array) if found is None else found

@@ -140,9 +140,12 @@ def _transposed_kernel(
     dz_ptr, taps_ptr, y_ptr, scale_ptr, shift_ptr, out_ptr, partials_ptr, groups_ptr, table_ptr,
     dz_slot, y_slot, out_slot, N, H, W, H_OUT, W_OUT,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STRIDE: tl.constexpr,
-    SECOND: tl.constexpr,
+    SECOND: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Program (group, tile). H, W: of the gradient made; H_OUT, W_OUT: of dz."""
+    """Program (group, tile). H, W: of the gradient made; H_OUT, W_OUT: of dz.
+
+    STEP: elements from a scale, or shift, to the next.
+    """
     number = tl.program_id(0)
     tile = tl.program_id(1)
     group = groups_ptr + number * 16
@@ -208,8 +211,9 @@ def _transposed_kernel(
     m3 = inside & (first + 3 * spacing < H)
     if SECOND:
         y = y_ptr + tl.load(group + 3).to(tl.int64) * y_slot
-        scale = tl.load(scale_ptr + number * C + c, mask=m_c, other=0.0)[None, :]
-        shift = tl.load(shift_ptr + number * C + c, mask=m_c, other=0.0)[None, :]
+        norm = tl.load(group + 4) * STEP + c
+        scale = tl.load(scale_ptr + norm, mask=m_c, other=0.0).to(tl.float32)[None, :]
+        shift = tl.load(shift_ptr + norm, mask=m_c, other=0.0).to(tl.float32)[None, :]
         total = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
         product = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
         total, product = _store_half(
@@ -280,14 +284,14 @@ def transposed(
 
     Args:
         groups: int32 ``[n, 16]``: first row of ``table`` and the row after the last, where in
-            ``out`` the group goes, and the slot that second halves read or else the dilation of
-            all items of the group.
+            ``out`` the group goes, the slot that second halves read or else the dilation of all
+            items of the group, and the row in scale and shift of what second halves read.
         count: How many groups.
         table: int32 ``[n, 16]``: kind, where in ``dz`` its gradient is, offset of its taps. The
             taps of maxima follow their gradient in ``dz``.
         dz: ``[n, N, H_out, W_out, C]``.
         out: ``[n, N, H, W, C]``, written.
-        second: Scale and shift, float32 ``[n, C]``, of what second halves read.
+        second: Scale and shift, ``[rows, C]`` of one stride, of what second halves read.
 
     Returns:
         Of second halves partial sums of the gradient and of its product with the normalised
@@ -307,7 +311,9 @@ def transposed(
         weights.taps if partials is None else partials, groups, table,
         dz.stride(0), arrays.y.stride(0), out.stride(0), images, height, width, *dz.shape[2:4],
         C=channels, BLOCK_C=block_c, BLOCK_P=_columns(channels), STRIDE=stride,
-        SECOND=second is not None, num_warps=_warps(out.element_size()),
+        SECOND=second is not None,
+        STEP=second[0].stride(0) if second and len(second[0]) > 1 else channels,
+        num_warps=_warps(out.element_size()),
         maxnreg=_registers(out.dtype, stride, second is not None, ampere),
     )  # fmt: skip
     return partials

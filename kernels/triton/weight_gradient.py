@@ -15,15 +15,13 @@ Reference: ``reference._separable_backward``, ``reference._one_by_one_backward``
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import plan
-from ..calls import Call, Item
+from ..calls import Call
 from ..interface import Arrays
 from . import common
 from .common import block_channels, pixel_stride
@@ -35,23 +33,26 @@ from .gradient_rows import (
 )
 from .record import search_specialisations
 from .registry import Specialisation, register
+from .weight_tasks import Task, settings
 from .weights import packed
 
 _ELEMENTS = 1024
-_PROGRAMS = 512
 _REGISTERS = 128
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "H_OUT", "W_OUT", "image_tiles", "chunk"])
 def _weight_products_kernel(
-    g0_ptr, g1_ptr, g2_ptr, g3_ptr, half_ptr, y_ptr, x_ptr, coef_ptr, partials_ptr, table_ptr,
-    g0_pixel, g1_pixel, g2_pixel, g3_pixel, half_slot, y_slot, x_slot, x_pixel,
+    g0_ptr, g1_ptr, g2_ptr, g3_ptr, half_ptr, y_ptr, x_ptr, v_ptr, coef_ptr, partials_ptr,
+    table_ptr, g0_pixel, g1_pixel, g2_pixel, g3_pixel, half_slot, y_slot, x_slot, x_pixel,
     N, H, W, H_OUT, W_OUT, image_tiles, chunk,
     C: tl.constexpr, BLOCK_N: tl.constexpr, CX: tl.constexpr, CB: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, STRIDE: tl.constexpr, RELU: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Program (row of the table, part, block of o). RELU: x is not rectified yet."""
+    """Program (row of the table, part, block of o). RELU: x is not rectified yet.
+
+    Second halves may read rows of v, another stack of arrays of the same shape.
+    """
     table = table_ptr + tl.program_id(0) * 16
     part = tl.program_id(1)
     kernel, dilation, pad = tl.load(table + 5), tl.load(table + 6), tl.load(table + 7)
@@ -65,7 +66,8 @@ def _weight_products_kernel(
     col = (p % W_OUT * STRIDE)[:, None] + (place % kernel * dilation - pad)[None, :]
     m_k = (tap < tl.load(table + 9)) & (channel < CX)
     m_x = (row >= 0) & (row < H) & (col >= 0) & (col < W) & m_p[:, None] & m_k[None, :]
-    x = x_ptr + tl.load(table + 4).to(tl.int64) * x_slot
+    x = tl.where(tl.load(table + 13) == 0, x_ptr, v_ptr)
+    x += tl.load(table + 4).to(tl.int64) * x_slot
     x += (row * W + col) * x_pixel + channel[None, :]  # [BLOCK_P, BLOCK_K]
     c = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_c = c < C
@@ -96,27 +98,27 @@ def _weight_products_kernel(
     tl.store(out + c[None, :], acc, mask=m_k[:, None] & m_c[None, :])
 
 
-@triton.jit(do_not_specialize=["parts", "split"])
+@triton.jit
 def _weight_gradients_kernel(
-    partials_ptr, taps_ptr, matrices_ptr, grad_ptr, table_ptr, parts, split,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, CX: tl.constexpr, BLOCK_X: tl.constexpr,
-    BLOCK: tl.constexpr,
+    partials_ptr, taps_ptr, matrices_ptr, grad_ptr, table_ptr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (item, block of input channels): adds the parts of Q and contracts them."""
     table = table_ptr + tl.program_id(0) * 16
+    width, parts, split = tl.load(table + 5), tl.load(table + 6), tl.load(table + 7)
     channel = tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X)
-    m_x = channel < CX
+    m_x = channel < width
     o = tl.arange(0, BLOCK_C)
     m = m_x[:, None] & (o < C)[None, :]
     b = tl.arange(0, BLOCK)
-    taps = tl.load(table + 1)
+    taps = tl.where(tl.program_id(1) * BLOCK_X < width, tl.load(table + 1), 0)
     is_depthwise = tl.load(table + 2) != 0
     depthwise, pointwise = tl.load(table + 3), tl.load(table + 4)
-    place = pointwise + o[None, :] * CX + channel[:, None]  # [BLOCK_X, BLOCK_C]
+    place = pointwise + o[None, :] * width + channel[:, None]  # [BLOCK_X, BLOCK_C]
     weight = tl.load(matrices_ptr + place, mask=m, other=0.0).to(tl.float32)
     dw = tl.zeros([BLOCK_X, BLOCK_C], dtype=tl.float32)
     for tap in range(taps):
-        row = (tl.load(table) + tap * CX + channel).to(tl.int64) * parts
+        row = tl.load(table).to(tl.int64) + (tap * width + channel) * parts
         acc = tl.zeros([BLOCK_X, BLOCK, BLOCK_C], dtype=tl.float32)
         for first in range(0, parts, BLOCK):
             part = first + b
@@ -127,178 +129,98 @@ def _weight_gradients_kernel(
         if is_depthwise:
             to = depthwise + channel * taps + tap
             tl.store(grad_ptr + to, tl.sum(q * weight, 1), mask=m_x)
-            scale = tl.load(taps_ptr + depthwise + tap * CX + channel, mask=m_x, other=0.0)
+            scale = tl.load(taps_ptr + depthwise + tap * width + channel, mask=m_x, other=0.0)
             dw += q * scale[:, None]
         else:
             dw += tl.where(((o < split) == (tap == 0))[None, :], q, 0.0)
     tl.store(grad_ptr + place, dw, mask=m)
 
 
-@dataclass(frozen=True)
-class Product:
-    """An item whose weight gradients are wanted.
-
-    Attributes:
-        number, slot, node, half: As in ``calls.Item``; number is the item's place in its call.
-        input: Row of the stack of inputs that it reads.
-        kernel, dilation, pad: Of the depthwise convolution; 1 or 2, 1, 0 without one.
-        taps: How many; the place of tap t in its kernel is ``t * spread``.
-        depthwise, pointwise: Offsets into the flat weights, -1 for none.
-    """
-
-    number: int
-    slot: int
-    node: int
-    half: int
-    input: int
-    kernel: int
-    dilation: int
-    pad: int
-    taps: int
-    spread: int
-    depthwise: int
-    pointwise: int
+def weight_products(call: Call, arrays: Arrays, task: Task, partials: Tensor) -> None:
+    """One launch: writes ``[task.vectors, C]`` float32 partial sums."""
+    inputs, coef = task.inputs, task.coef
+    channels, width = coef.shape[-1], inputs.shape[-1]
+    chosen = task.settings
+    key = ("products", channels, width, chosen.block_k, task.products)
+    table = device_table(call, key, coef.device, lambda: task.rows)
+    images, height, across = inputs.shape[1:4]
+    grads, strides = node_gradients(arrays)
+    halves = arrays.y if arrays.half_grads is None else arrays.half_grads
+    output_size, storage = arrays.y.shape[2:4], inputs.dtype
+    _weight_products_kernel[(len(table), task.parts, triton.cdiv(channels, chosen.block_n))](
+        *grads, halves, arrays.y, inputs, inputs if task.other is None else task.other, coef,
+        partials, table,
+        *strides, halves.stride(0), arrays.y.stride(0), inputs.stride(0), pixel_stride(inputs[0]),
+        images, height, across, *output_size, task.image_tiles, task.chunk,
+        C=channels, BLOCK_N=chosen.block_n, CX=width,
+        CB=min(block_channels(width), chosen.block_k), BLOCK_K=chosen.block_k,
+        BLOCK_P=chosen.block_p, STRIDE=1 if tuple(output_size) == (height, across) else 2,
+        RELU=not task.rectified, PRECISION=common.precision(storage),
+        OPERAND=common.operand_dtype(storage), num_warps=chosen.warps, maxnreg=_REGISTERS,
+    )  # fmt: skip
 
 
-def product(item: Item, number: int, source: int, offsets: list[int]) -> Product:
-    """What ``weight_gradients`` wants to know of an item with weights that reads row ``source``.
-
-    A factorized reduce has taps (0, 0) and (1, 1): places 0 and 3 of a 2x2 kernel.
-    """
-    kernel, dilation, pad, taps, spread = item.kernel, item.dilation, item.padding, 0, 1
-    if item.kind == plan.CONV:
-        taps = kernel * kernel
-    elif item.kind == plan.FACTORIZED:
-        kernel, dilation, pad, taps, spread = 2, 1, 0, 2, 3
-    else:
-        kernel, dilation, pad, taps = 1, 1, 0, 1
-    depthwise = offsets[item.depthwise] if item.depthwise >= 0 else -1
-    where = (number, item.slot, item.node, item.half if item.input < 0 else -1, source)
-    geometry = (kernel, dilation, pad, taps, spread)
-    return Product(*where, *geometry, depthwise, offsets[item.pointwise])
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Tile of the products: ``[block_k, block_p] x [block_p, block_n]``, and warps.
-
-    128 rows are two 64-row instructions of sm_90; half precision with 32 columns takes 8 warps and
-    float32, whose operands are split in two, a quarter of the tile to stay within 128 registers.
-    """
-
-    block_k: int
-    block_p: int
-    block_n: int
-    warps: int
-
-
-def settings(element: int, channels: int) -> Settings:
-    """By bytes of a stored element and C."""
-    block = block_channels(channels)
-    if common.INTERPRETED:
-        return Settings(512, 512, block, 4)
-    if element == 4:
-        return Settings(64, 32, 16, 4)
-    return Settings(128, 64, 16, 4) if block == 16 else Settings(128, 64, 32, 8)
-
-
-def product_rows(products: list[Product], width: int, block_k: int) -> list[list[int]]:
-    """Rows of the first kernel: taps and input channels of every item in blocks."""
-    block = min(block_channels(width), block_k)
-    rows, base = [], 0
-    for item in products:
-        for tap in range(0, item.taps, block_k // block):
-            for channel in range(0, width, block):
-                rows.append([
-                    item.number, item.slot, item.node, item.half, item.input, item.kernel,
-                    item.dilation, item.pad, tap, item.taps, channel,
-                    base + tap * width + channel, item.spread,
-                ])  # fmt: skip
-        base += item.taps * width
-    return rows
-
-
-def _contraction_rows(products: list[Product], width: int) -> list[list[int]]:
-    rows, base = [], 0
-    for item in products:
-        is_depthwise = int(item.depthwise >= 0)
-        rows.append([base, item.taps, is_depthwise, max(item.depthwise, 0), item.pointwise])
-        base += item.taps * width
-    return rows
-
-
-def division(rows: int, images: int, pixels: int, block_p: int) -> tuple[int, int]:
-    """Parts that the pixels of an image are divided in, and images a program goes through."""
-    tiles = triton.cdiv(pixels, block_p)
-    shares = min(images, triton.cdiv(_PROGRAMS, rows * tiles))
-    return tiles, triton.cdiv(images, shares)
-
-
-def weight_gradients(
-    call: Call,
-    arrays: Arrays,
-    products: list[Product],
-    inputs: Tensor,
-    output_size: tuple[int, int],
-    coef: Tensor,
-    *,
-    rectified: bool,
-) -> None:
-    """Writes the weight gradients of items of a call: two launches.
+def contract(call: Call, arrays: Arrays, tasks: list[Task], partials: Tensor) -> None:
+    """One launch: the weight gradients of tasks whose partial sums follow one another.
 
     Args:
-        products: The items; the same at every call with ``call``.
-        inputs: What they read, ``[n, N, H, W, Cx]``.
-        output_size: Height and width of their outputs.
-        coef: float32 ``[items, 3, C]``.
-        rectified: Whether ``inputs`` has been through the ReLU.
+        call: Under which the table is kept.
+        partials: float32 ``[vectors, C]``.
     """
     grad = arrays.weights.grad
     assert grad is not None
-    device, channels, width = coef.device, coef.shape[-1], inputs.shape[-1]
-    chosen = settings(inputs.element_size(), channels)
-    key = (channels, width, chosen.block_k)
-    table = device_table(
-        call, ("products", *key), device, lambda: product_rows(products, width, chosen.block_k)
-    )
-    images, height, across = inputs.shape[1:4]
-    pixels = output_size[0] * output_size[1]
-    tiles, chunk = division(len(table), images, pixels, chosen.block_p)
-    parts = tiles * triton.cdiv(images, chunk)
-    total = sum(item.taps for item in products) * width
-    partials = torch.empty(total, parts, channels, dtype=torch.float32, device=device)
-    grads, strides = node_gradients(arrays)
-    halves = arrays.y if arrays.half_grads is None else arrays.half_grads
-    storage, stride = inputs.dtype, 1 if output_size == (height, across) else 2
-    block_c = block_channels(channels)
-    _weight_products_kernel[(len(table), parts, triton.cdiv(channels, chosen.block_n))](
-        *grads, halves, arrays.y, inputs, coef, partials, table,
-        *strides, halves.stride(0), arrays.y.stride(0), inputs.stride(0), pixel_stride(inputs[0]),
-        images, height, across, *output_size, tiles, chunk,
-        C=channels, BLOCK_N=chosen.block_n, CX=width,
-        CB=min(block_channels(width), chosen.block_k), BLOCK_K=chosen.block_k,
-        BLOCK_P=chosen.block_p, STRIDE=stride, RELU=not rectified,
-        PRECISION=common.precision(storage), OPERAND=common.operand_dtype(storage),
-        num_warps=chosen.warps, maxnreg=_REGISTERS,
-    )  # fmt: skip
-    table = device_table(
-        call, ("contraction", *key), device, lambda: _contraction_rows(products, width)
-    )
+    channels, storage = partials.shape[-1], tasks[0].inputs.dtype
+    widths = tuple(task.inputs.shape[-1] for task in tasks)
+    parts = tuple(task.parts for task in tasks)
+
+    def rows() -> list[list[int]]:
+        found, begin = [], 0
+        for task in tasks:
+            found += task.contraction(begin, channels, arrays.channels // 2)
+            begin += task.vectors
+        return found
+
+    table = device_table(call, ("contraction", channels, widths, parts), partials.device, rows)
     weights = packed(arrays.weights, storage)
     # One channel a program on a GPU: there are few. The interpreter wants few programs.
+    block_c, width = block_channels(channels), max(widths)
     block_x = min(64, block_channels(width)) if common.INTERPRETED else 1
-    _weight_gradients_kernel[(len(products), triton.cdiv(width, block_x))](
-        partials, weights.taps, weights.matrices, grad, table, parts,
-        arrays.channels // 2 if any(item.spread == 3 for item in products) else channels,
-        C=channels, BLOCK_C=block_c, CX=width, BLOCK_X=block_x,
+    _weight_gradients_kernel[(len(table), triton.cdiv(width, block_x))](
+        partials, weights.taps, weights.matrices, grad, table,
+        C=channels, BLOCK_C=block_c, BLOCK_X=block_x,
         BLOCK=_ELEMENTS // block_c * common.TILE_SCALE,
         # Left alone, the assembler aims at 32 registers for sm_80 and spills.
         maxnreg=64,
     )  # fmt: skip
 
 
+def empty_products(tasks: list[Task]) -> list[Tensor]:
+    """Room for the partial sums of tasks: all of them, then the part of each."""
+    coef, lengths = tasks[0].coef, [task.vectors for task in tasks]
+    everything = coef.new_empty(sum(lengths), coef.shape[-1])
+    return [everything, *everything.split(lengths)]
+
+
+def weight_gradients(call: Call, arrays: Arrays, task: Task) -> None:
+    """Writes the weight gradients of items of a call: two launches."""
+    everything, _ = empty_products([task])
+    weight_products(call, arrays, task, everything)
+    contract(call, arrays, [task], everything)
+
+
 def _specialisations() -> list[Specialisation]:
-    return search_specialisations(_weight_products_kernel, product=True)
+    """Those that launchers record, and for sm_80 what they launch there instead."""
+    found = []
+    for one in search_specialisations(_weight_products_kernel, product=True):
+        if one.constants["BLOCK_K"] <= 128:
+            found.append(one)
+            continue
+        found.append(replace(one, targets=("sm_90", "sm_100", "gfx942")))
+        older = settings(2, one.constants["C"], large=True, ampere=True)
+        tile = {"BLOCK_K": older.block_k, "CB": min(one.constants["CB"], older.block_k)}
+        constants = one.constants | tile
+        found.append(replace(one, constants=constants, num_warps=older.warps, targets=("sm_80",)))
+    return found
 
 
 def _contraction_specialisations() -> list[Specialisation]:

@@ -1,7 +1,7 @@
 """What the launches and operators of a pass do, for ``predict_model``: bytes, slots, products.
 
-Instruction densities are from the sm_90 machine code of the bfloat16 kernels (loop bodies of the
-listing that ``python -m pdarts_fast.kernels.triton.gate`` compiles), not from a run.
+Instructions of the kernels that are not bound by memory are those of the loops in their machine
+code, which is compiled for sm_90 whatever the card, not those of a run.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pdarts_fast.bench.predict_model import LANES, Work
 from pdarts_fast.kernels import plan
-from pdarts_fast.kernels.triton.record import _FREE, Launch
+from pdarts_fast.kernels.triton.machine_code import measure
+from pdarts_fast.kernels.triton.recorder import FREE, Launch
+from pdarts_fast.kernels.triton.registry import kernels
 from pdarts_fast.kernels.triton.traffic import traffic
 
-# Warp instructions for every warp of multiply-adds in the loops of the stencils: loads, widening
-# of bfloat16, masks and addresses are the rest.
-STENCIL_DENSITY = {"fan_out": 2.3, "transposed": 2.2}
+TARGET = "sm_90"
+# Kernels whose loops are stencils: what their machine code spends on each multiply-add counts.
+STENCILS = ("fan_out", "transposed")
 # Of a program outside of its loops, a warp.
 PROLOGUE = 250
-# Of an iteration of the weight products' loop, a warp of 4 or of 8.
-PRODUCT_BODY = {4: 143, 8: 108}
 # For every 16 bytes a warp moves in kernels bound by memory: widen, multiply, round, address.
 SLOTS_PER_ACCESS = 24
 ACCESS = 16 * LANES
@@ -60,13 +60,35 @@ def product_flops(launch: Launch) -> float:
     return 0.0
 
 
+def loops(launch: Launch) -> list[tuple[int, int]]:
+    """Innermost loops of a kernel's sm_90 code, compiled at its first use and then cached.
+
+    Raises:
+        ValueError: It does not compile.
+    """
+    code = measure(kernels()[launch.name], launch.specialisation(bytes=0), TARGET)
+    if not code.loops:
+        raise ValueError(f"kernel {launch.name}: no loop in its code {code.failure}")
+    return code.loops
+
+
+def stencil_density(found: list[tuple[int, int]]) -> float:
+    """Instructions for a multiply-add, of all loops that are made of such.
+
+    Loads, widening of bfloat16, masks and addresses are the rest.
+    """
+    ours = [(length, adds) for length, adds in found if 4 * adds >= length]
+    return sum(length for length, _ in ours) / sum(adds for _, adds in ours)
+
+
 def slots(launch: Launch) -> float:
     """Warp instructions of all programs."""
     warps = launch.programs * int(launch.options.get("num_warps", 4))
-    if launch.name in STENCIL_DENSITY:
-        return warps * PROLOGUE + multiply_adds(launch) / LANES * STENCIL_DENSITY[launch.name]
+    if launch.name in STENCILS:
+        density = stencil_density(loops(launch))
+        return warps * PROLOGUE + multiply_adds(launch) / LANES * density
     if launch.name == "weight_products":
-        body = PRODUCT_BODY[int(launch.options["num_warps"])]
+        body = max(length for length, _ in loops(launch))
         return float(warps * (PROLOGUE + launch.values["chunk"] * body))
     return warps * PROLOGUE / 4 + traffic(launch) / ACCESS * SLOTS_PER_ACCESS
 
@@ -92,7 +114,7 @@ class EagerOperators(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         found = function(*args, **(kwargs or {}))
-        if function.overloadpacket.__name__ not in _FREE:
+        if function.overloadpacket.__name__ not in FREE:
             outputs = found if isinstance(found, (tuple, list)) else (found,)
             tensors = [x for x in (*args, *outputs) if isinstance(x, Tensor)]
             self.moved.append(sum(x.numel() * x.element_size() for x in tensors))

@@ -10,7 +10,32 @@ import pytest
 import torch
 
 from pdarts_fast.errors import RunError
-from pdarts_fast.kernels.triton import common, load, self_check
+from pdarts_fast.kernels import plan
+from pdarts_fast.kernels.triton import common, load, running, self_check
+
+
+def test_arrays_beyond_32_bit_places_are_refused() -> None:
+    large = torch.empty(2**17, 32, 32, 16, device="meta")
+    with pytest.raises(ValueError, match=r"fewer than 2\*\*31 elements.*smaller batch"):
+        common.check_storage(large)
+    common.check_storage(large[: 2**17 - 1])
+
+
+def test_running_statistics_that_no_table_can_hold_are_left_to_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    key = plan.make_key(
+        [[True] * 8] * 14, channels=16, in_channels=(16, 16), reduction=False,
+        reduction_prev=False, steps=4, multiplier=4, index=0, dropout=False,
+    )  # fmt: skip
+    cell = plan.from_key(key)
+    buffers = [torch.zeros(16) for _ in range(2 * len(cell.norms))]
+    batches = [torch.zeros((), dtype=torch.int64) for _ in cell.norms]
+    stats = torch.zeros(cell.num_slots + 2, 2, 16, dtype=torch.float64)
+    wide = [buffer.double() for buffer in buffers]
+    assert not running.move_running(cell, wide, batches, stats, [4, 4])
+    monkeypatch.setattr(running, "MAX_TABLES", 0)
+    assert not running.move_running(cell, buffers, batches, stats, [4, 4])
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> None:

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 CELL = "tests/kernels/test_cell.py::test_float32"
 AMP = "tests/kernels/test_cell.py::test_amp_is_as_close_as_torch"
 PRIMITIVES = "tests/kernels/test_primitives.py"
+WHOLE = "tests/kernels/test_whole_cell.py"
 GOLDEN = "tests/kernels/test_operator.py::test_golden_networks"
 
 # What of the shared suite runs, by name: arguments of pytest, and how many tests that is.
@@ -35,6 +36,15 @@ SELECTIONS = {
     "cell-dropout-padded-channels": ([f"{CELL}[triton-dropout-c6]"], 1),
     "cell-evaluation": ([f"{CELL}[triton-evaluation-reduction]"], 1),
     "cell-one-pixel-wide": ([f"{CELL}[triton-one-pixel-wide]"], 1),
+    "whole-pass-weights": (
+        [WHOLE, "-k", "reduction-odd-weight or evaluation-weight or empty-node"],
+        4,
+    ),
+    "whole-pass-dropout": ([WHOLE, "-k", "normal-dropout"], 2),
+    "whole-pass-alphas": (
+        [WHOLE, "-k", "wanted or reduction-odd-alpha or evaluation-reduction-alpha"],
+        4,
+    ),
     "amp": ([f"{AMP}[triton-both]"], 1),
     "golden": ([f"{GOLDEN}[float32-stage3]"], 1),
     "self-check": (["tests/triton_interpret/interpreted.py"], 0),

@@ -1,0 +1,120 @@
+"""From partial sums of the backward pass to the coefficients of dy: one launch a call.
+
+With g the gradient behind a BatchNorm, M its pixels, r and b its scale and shift, f its factor:
+
+    p = sum(g BN(y)) / M,    q = sum(g) / M
+    dy = c0 g + c1 y + c2,    c0 = f r,    c1 = -f r^2 p,    c2 = -f r (q + b p)
+    dalpha = sum of sum(g BN(y)) over channels
+
+f is alpha for what enters a node and 1 for a first half. A preprocessed input is stored
+normalised, so there ``c1 = -r p`` and ``c2 = -r q``. A skip has c0 = alpha and no more. In
+evaluation c1 and c2 are 0. Sums are float64 and in the order of the parts.
+
+Reference: ``moments.backward_coefficients`` and the algebra of ``cell_backward``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import TILE_SCALE, block_channels
+from .record import search_specialisations
+from .registry import Specialisation, register
+from .sums import ELEMENTS, sum_row
+
+# Rows of the table that the kernel's docstring explains.
+Row = tuple[int, int, int, int, int, int]
+
+
+@triton.jit(do_not_specialize=["parts", "pixels"])
+def _coefficients_kernel(
+    partials_ptr, norms_ptr, alphas_ptr, coef_ptr, grad_alphas_ptr, table_ptr, parts, pixels,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr, STORED: tl.constexpr,
+    TRAINING: tl.constexpr,
+):  # fmt: skip
+    """Program: an item. partials [rows, parts, C] float32. STORED: y is stored normalised.
+
+    The table holds the rows of partials that are summed to sum(g) and to sum(g BN(y)), the row in
+    norms (-1: skip), the alpha (-1: 1), the row in coef and the alpha that gets a gradient (-1).
+    Parts are read 16 bytes at a time; what follows them are single numbers of C channels.
+    """
+    row = table_ptr + tl.program_id(0) * 16
+    c = tl.arange(0, BLOCK_C)
+    m_c = c < C
+    at = tl.load(row + 1).to(tl.int64) * parts * C
+    product = sum_row(partials_ptr + at, parts, c, C, BLOCK_C, BLOCK)
+    norm, which, to = tl.load(row + 2), tl.load(row + 3), tl.load(row + 5)
+    has_norm = (norm >= 0) & m_c
+    place = norms_ptr + tl.maximum(norm, 0) * (2 * C) + c
+    scale = tl.load(place, mask=has_norm, other=1.0)
+    first = scale
+    if which >= 0:
+        first *= tl.load(alphas_ptr + which).to(tl.float64)
+    out = coef_ptr + tl.load(row + 4) * (3 * C) + c
+    second = tl.zeros([BLOCK_C], dtype=tl.float64)
+    third = tl.zeros([BLOCK_C], dtype=tl.float64)
+    if TRAINING:
+        at = tl.load(row).to(tl.int64) * parts * C
+        gradient = sum_row(partials_ptr + at, parts, c, C, BLOCK_C, BLOCK) / pixels
+        s = -first * (product / pixels)
+        if STORED:
+            second = s
+            third = -first * gradient
+        else:
+            second = s * scale
+            third = s * tl.load(place + C, mask=has_norm, other=0.0) - first * gradient
+    tl.store(out, first.to(tl.float32), mask=m_c)
+    tl.store(out + C, second.to(tl.float32), mask=m_c)
+    tl.store(out + 2 * C, third.to(tl.float32), mask=m_c)
+    if to >= 0:
+        tl.store(grad_alphas_ptr + to, tl.sum(product, 0).to(grad_alphas_ptr.dtype.element_ty))
+
+
+def coefficients(
+    partials: Tensor,
+    norms: Tensor,
+    alphas: Tensor,
+    coef: Tensor,
+    grad_alphas: Tensor,
+    table: Tensor,
+    pixels: int,
+    *,
+    training: bool,
+    stored: bool = False,
+) -> None:
+    """Writes coefficients, and gradients of alphas, of the items of a table.
+
+    Args:
+        partials: float32 ``[rows, parts, C]``, contiguous.
+        norms: Scale and shift, float64 ``[rows, 2, C]``.
+        alphas: float32 ``[edges * ops]``.
+        coef: float32 ``[rows, 3, C]``, written.
+        grad_alphas: float32 ``[edges * ops]``, written.
+        table: int32 ``[items, 16]``, see the kernel.
+        pixels: M.
+        training: Whether the norms depend on y.
+        stored: Whether y is stored normalised.
+    """
+    channels = partials.shape[-1]
+    block = block_channels(channels)
+    _coefficients_kernel[(len(table),)](
+        partials, norms, alphas, coef, grad_alphas, table, partials.shape[1], pixels,
+        C=channels, BLOCK_C=block, BLOCK=ELEMENTS // block * TILE_SCALE, STORED=stored,
+        TRAINING=training,
+    )  # fmt: skip
+
+
+def _specialisations() -> list[Specialisation]:
+    return search_specialisations(_coefficients_kernel, gathers=True)
+
+
+register(
+    "coefficients",
+    _coefficients_kernel,
+    reference="moments.backward_coefficients",
+    maths="c0 = f r, c1 = -f r^2 p, c2 = -f r (q + b p)",
+    why="1024 partial sums at a time are 8 a thread of 4 warps; few programs",
+    specialisations=_specialisations,
+)

@@ -1,0 +1,357 @@
+"""Whole passes of a cell: the kernels of the primitives with the algebra between them in kernels.
+
+The order of the steps is that of ``cell_forward`` and ``cell_backward``. What those compute in
+torch between two primitives is a launch of ``fold`` or ``coefficients`` here; what leaves both
+inputs runs together, and so do all weight gradients, at the end. Rectified inputs of second halves
+are kept for the weight gradients, behind the slots.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import calls as cell_calls
+from ..calls import Call
+from ..cell_pass import Saved
+from ..interface import Arrays
+from ..plan import Plan
+from . import affine, cell_tables, common, fan_out, mix, preprocess, reduce
+from .cell_tables import CellTables, Rows
+from .coefficients import coefficients
+from .fan_in import gather
+from .fold import Norms, fold_norms, given_norms
+from .gradient_rows import device_table
+from .mid_backward import half_gradients
+from .pointwise_backward import pointwise_backward
+from .running import move_running
+from .weight_gradient import contract, empty_products, weight_products
+from .weight_tasks import Task, make_task, product
+
+
+class Steps:
+    """Kernels of a pass, each called with a call and its arrays, which ``record.py`` notes."""
+
+    def preprocess(self, call: Call, arrays: Arrays, x: Tensor, partials: Tensor) -> None:
+        preprocess.one_by_one(call, arrays, x, partials)
+
+    def fold(
+        self, call: Call, arrays: Arrays, partials: Tensor, norms: Norms, table: Tensor, count: int
+    ) -> None:
+        fold_norms(partials, norms, table, count)
+
+    def given(self, call: Call, arrays: Arrays, norms: Norms, table: Tensor, count: int) -> None:
+        given_norms(norms, table, count)
+
+    def affine(self, call: Call, arrays: Arrays, scale: Tensor, shift: Tensor) -> None:
+        affine.both_affine_(arrays.states[0], arrays.states[1], scale, shift)
+
+    def leave(self, call: Call, arrays: Arrays, x: Tensor, partials: Tensor, other: Tensor) -> None:
+        fan_out.leaving(call, arrays, x, partials, other)
+
+    def second_halves(self, call: Call, arrays: Arrays, *rest: Any) -> None:
+        fan_out.second_halves(call, arrays, *rest)
+
+    def mix(self, call: Call, arrays: Arrays, scale: Tensor, shift: Tensor, out: Tensor) -> None:
+        mix.mix(call, arrays, scale, shift, out)
+
+    def reduce(self, call: Call, arrays: Arrays, *rest: Any) -> Tensor:
+        return reduce.partial_sums(call, arrays, *rest)
+
+    def coefficients(self, call: Call, arrays: Arrays, *rest: Any, **options: Any) -> None:
+        coefficients(*rest, **options)
+
+    def half_gradients(self, call: Call, arrays: Arrays, *rest: Any) -> Tensor:
+        return half_gradients(call, arrays, *rest)
+
+    def gather(self, call: Call, arrays: Arrays, *rest: Any, **options: Any) -> Tensor | None:
+        return gather(call, arrays, *rest, **options)
+
+    def pointwise_backward(self, call: Call, arrays: Arrays, *rest: Any) -> None:
+        pointwise_backward(call, arrays, *rest)
+
+    def weight_products(self, call: Call, arrays: Arrays, task: Task, partials: Tensor) -> None:
+        weight_products(call, arrays, task, partials)
+
+    def contract(self, call: Call, arrays: Arrays, tasks: list[Task], partials: Tensor) -> None:
+        contract(call, arrays, tasks, partials)
+
+
+class TritonCell:
+    """``interface.WholeCell`` over the Triton kernels.
+
+    Args:
+        steps: Runs the kernels; a recorder gives its own.
+    """
+
+    def __init__(self, steps: Steps | None = None) -> None:
+        self.steps = steps or Steps()
+
+    def extra_slots(self, plan: Plan) -> int:
+        return cell_calls.of(plan.key).num_halves
+
+    def forward(
+        self, plan: Plan, saved: Saved, arrays: Arrays, alphas: Tensor, stats: Tensor
+    ) -> None:
+        _Forward(self.steps, plan, saved, arrays, alphas).run(stats)
+
+    def backward(
+        self,
+        plan: Plan,
+        saved: Saved,
+        arrays: Arrays,
+        alphas: Tensor,
+        grad: Tensor,
+        want_inputs: tuple[bool, bool],
+    ) -> tuple[list[Tensor | None], Tensor]:
+        backward = _Backward(self.steps, plan, saved, arrays, alphas)
+        return backward.run(grad, want_inputs), backward.grad_alphas
+
+    def move_running(
+        self,
+        plan: Plan,
+        running: list[Tensor],
+        batches: list[Tensor],
+        stats: Tensor,
+        counts: list[int],
+    ) -> bool:
+        return move_running(plan, running, batches, stats, counts)
+
+
+class _Pass:
+    """What both passes share."""
+
+    def __init__(
+        self, steps: Steps, plan: Plan, saved: Saved, arrays: Arrays, alphas: Tensor
+    ) -> None:
+        for array in (saved.slots, *saved.inputs):
+            common.check_storage(array)
+        self.steps, self.plan, self.saved, self.arrays = steps, plan, saved, arrays
+        self.tables: CellTables = cell_tables.of(plan.key)
+        self.calls = self.tables.calls
+        if len(saved.slots) != plan.num_slots + self.calls.num_halves:
+            raise ValueError("the arrays of this cell are not those of a whole forward pass")
+        self.alphas = alphas.detach().float().flatten()
+        self.channels, self.training = saved.slots.shape[-1], arrays.training
+
+    def table(self, call: Call, name: str, make: Any) -> Tensor:
+        """Rows on the device, made once a call."""
+        return device_table(call, (name, self.training), self.saved.slots.device, make)
+
+    def input_arrays(self, which: int) -> Arrays:
+        """Those of preprocessing, whose only slot is the state."""
+        arrays, y = self.arrays, self.saved.states[which][None]
+        return Arrays(
+            y, arrays.states, arrays.weights, arrays.rate, arrays.state, arrays.channels,
+            arrays.training, [],
+        )  # fmt: skip
+
+
+class _Forward(_Pass):
+    def run(self, stats: Tensor) -> None:
+        room = stats.new_empty(2, self.tables.places, self.channels, dtype=torch.float32)
+        self.norms = Norms(stats, self.saved.norms, self.alphas, room[0], room[1])
+        if not self.training:
+            count, rows = self.tables.evaluation_fold()
+            table = self.table(self.tables.inputs, "evaluation", lambda: rows)
+            self.steps.given(self.tables.inputs, self.arrays, self.norms, table, count)
+        self._preprocess()
+        for number, sources in enumerate(self.tables.sources):
+            self._leave(number, sources)
+            if sources[-1] <= self.plan.steps:
+                self._mix(sources[-1] - 1)
+
+    def _preprocess(self) -> None:
+        tables = self.tables
+        partials = fan_out.empty_partials(2, self.saved.states[0][None])
+        for which, call in enumerate(self.calls.inputs):
+            x = self.saved.inputs[which]
+            part = partials[which : which + 1]
+            self.steps.preprocess(call, self.input_arrays(which), x, part)
+        arrays = self.input_arrays(0)
+        if self.training:
+            count, rows = tables.input_fold()
+            table = self.table(tables.inputs, "fold", lambda: rows)
+            self.steps.fold(tables.inputs, arrays, partials, self.norms, table, count)
+        scales, shifts = self.norms.scales[:2], self.norms.shifts[:2]
+        self.steps.affine(tables.inputs, arrays, scales, shifts)
+
+    def _leave(self, number: int, sources: tuple[int, ...]) -> None:
+        """Everything on the edges that leave some states, up to the last BatchNorm."""
+        tables, states = self.tables, self.arrays.states
+        first, second = tables.leave[number], tables.second[number]
+        x, other = states[sources[0]], states[sources[-1]]
+        if first.items:
+            partials = fan_out.empty_partials(len(first.items), self.saved.slots)
+            self.steps.leave(first, self.arrays, x, partials, other)
+            self._fold(first, partials)
+        if second.items:
+            partials = fan_out.empty_partials(len(second.items), self.saved.slots)
+            span, slots = tables.second_spans[number], self.saved.slots
+            scale = self.norms.scales[span.begin : span.end]
+            shift = self.norms.shifts[span.begin : span.end]
+            kept = tables.kept(second)
+            self.steps.second_halves(second, self.arrays, scale, shift, partials, kept, slots)
+            self._fold(second, partials)
+
+    def _fold(self, call: Call, partials: Tensor) -> None:
+        if self.training:
+            table = self.table(call, "fold", lambda: self.tables.call_fold(call))
+            count = len(call.items)
+            self.steps.fold(call, self.arrays, partials, self.norms, table, count)
+
+    def _mix(self, node: int) -> None:
+        span = self.tables.node_spans[node]
+        scale = self.norms.scales[span.begin : span.end]
+        shift = self.norms.shifts[span.begin : span.end]
+        out = self.arrays.states[node + 2]
+        self.steps.mix(self.calls.both[node], self.arrays, scale, shift, out)
+
+
+class _Backward(_Pass):
+    def run(self, grad: Tensor, want_inputs: tuple[bool, bool]) -> list[Tensor | None]:
+        arrays, slots, steps = self.arrays, self.saved.slots, self.plan.steps
+        self.want_weights = arrays.weights.grad is not None
+        self.wanted = [want or self.want_weights for want in want_inputs]
+        self.grad_alphas = self.alphas.new_zeros(self.alphas.shape)
+        rows = 2 * self.tables.alphas + 2
+        self.coef = self.alphas.new_empty(rows, 3, self.channels)
+        arrays.half_grads = slots.new_empty(self.calls.num_halves, *slots.shape[1:])
+        arrays.grads = list(grad.chunk(steps, dim=-1))
+        if self.want_weights:
+            self._make_room()
+        for node in reversed(range(steps)):
+            self._enter(node)
+            if node > 0:
+                out = slots.new_empty(1, *slots.shape[1:])
+                incoming = arrays.grads[node - 1]
+                self._gather((node + 1,), incoming, out)
+                arrays.grads[node - 1] = out[0]
+        sources = tuple(which for which in (0, 1) if self.wanted[which])
+        inputs: list[Tensor | None] = [None, None]
+        if sources:
+            grads = self._states(sources)
+            for which, state_grad in zip(sources, grads, strict=True):
+                if want_inputs[which]:
+                    inputs[which] = self._preprocess(which, state_grad)
+            if self.want_weights:
+                self._weights(grads)
+        return inputs
+
+    def _make_room(self) -> None:
+        """Stacks for rectified states: those of a node's size, and a reduction cell's inputs."""
+        states, steps = self.arrays.states, self.plan.steps
+        self.first = 2 if self.plan.reduction else 0
+        like = states[2]
+        self.rectified = like.new_empty(steps + 1 - self.first, *like.shape)
+        self.large = states[0].new_empty(2, *states[0].shape) if self.first else self.rectified
+
+    def _room(self, sources: tuple[int, ...]) -> Tensor | None:
+        """Where rectified states go, if weights want gradients."""
+        if not self.want_weights:
+            return None
+        if sources[0] < self.first:
+            return self.large
+        begin = sources[0] - self.first
+        return self.rectified[begin : begin + len(sources)]
+
+    def _coefficients(
+        self, call: Call, name: str, rows: Any, partials: Tensor, pixels: int, stored: bool
+    ) -> None:
+        table = self.table(call, name, rows)
+        self.steps.coefficients(
+            call, self.arrays, partials, self.saved.norms, self.alphas, self.coef,
+            self.grad_alphas, table, pixels, training=self.training, stored=stored,
+        )  # fmt: skip
+
+    def _enter(self, node: int) -> None:
+        """Alpha gradients of a node's edges, and dy of everything that enters it."""
+        call, tables, norms = self.calls.both[node], self.tables, self.saved.norms
+        if not call.items:
+            return
+        rows = tables.norm_rows(call, self.training)
+        partials = self.steps.reduce(
+            call, self.arrays, self.arrays.grads[node], norms[:, 0], norms[:, 1], rows
+        )
+        pixels = self.saved.slots[0, ..., 0].numel()
+
+        def of_node() -> Rows:
+            return tables.node_coefficients(node, self.training)
+
+        self._coefficients(call, "coefficients", of_node, partials, pixels, False)
+        wanted = self.wanted[0] + 2 * self.wanted[1]
+        second = self.calls.enter_second[wanted][node]
+        if not second.items:
+            return
+        partials = self.steps.half_gradients(
+            second, self.arrays, norms, tuple(tables.half_norms(second, self.training)),
+            self.coef, tables.coefficient_rows(second, first=False),
+        )  # fmt: skip
+
+        def of_halves() -> Rows:
+            return tables.half_coefficients(second, self.training)
+
+        self._coefficients(second, "coefficients", of_halves, partials, pixels, False)
+
+    def _gather(
+        self, sources: tuple[int, ...], incoming: Tensor | None, out: Tensor
+    ) -> Tensor | None:
+        """Gradients of some states from all edges that leave them."""
+        call = self.tables.gather(sources)
+        states = {source: self.arrays.states[source] for source in sources}
+        numbers = self.tables.coefficient_rows(call, first=True)
+        return self.steps.gather(
+            call, self.arrays, states, self.coef, incoming, out, self._room(sources), numbers,
+            sums=incoming is None,
+        )  # fmt: skip
+
+    def _states(self, sources: tuple[int, ...]) -> Tensor:
+        """Gradients of the preprocessed inputs, and dy of preprocessing."""
+        state = self.saved.states[sources[0]]
+        out = state.new_empty(len(sources), *state.shape)
+        partials = self._gather(sources, None, out)
+        assert partials is not None
+        call = self.tables.gather(sources)
+
+        def rows() -> Rows:
+            return self.tables.input_coefficients(sources, self.training)
+
+        self._coefficients(call, "inputs", rows, partials, state[..., 0].numel(), True)
+        return out
+
+    def _preprocess(self, which: int, state_grad: Tensor) -> Tensor:
+        """Gradient of a cell input from that of the state made of it."""
+        x, arrays = self.saved.inputs[which], self.input_arrays(which)
+        arrays.grads = [state_grad]
+        row, out = 2 * self.tables.alphas + which, torch.empty_like(x)
+        coef = self.coef[row : row + 1]
+        self.steps.pointwise_backward(self.calls.inputs[which], arrays, x, coef, None, out)
+        return out
+
+    def _weights(self, state_grads: Tensor) -> None:
+        """All weight gradients: a launch for inputs of each shape, one for what adds them up."""
+        offsets, slots = self.arrays.weights.layout.offsets, self.saved.slots
+        work: list[tuple[Call, Arrays, Task]] = []
+        stacks = ((self.rectified, slots), (self.large, None))
+        for call, (stack, other) in zip(self.tables.product_calls, stacks, strict=True):
+            if call.items:
+                products = self.tables.products(call, offsets)
+                task = make_task(
+                    self.arrays, products, stack, self.coef, rectified=True, other=other
+                )
+                work.append((call, self.arrays, task))
+        for which, call in enumerate(self.calls.inputs):
+            arrays = self.input_arrays(which)
+            arrays.grads = [state_grads[which]]
+            number = 2 * self.tables.alphas + which
+            products = (product(call.items[0], number, 0, offsets),)
+            x = self.saved.inputs[which][None]
+            task = make_task(arrays, products, x, self.coef, rectified=False)
+            work.append((call, arrays, task))
+        tasks = [task for _, _, task in work]
+        everything, *parts = empty_products(tasks)
+        for (call, arrays, task), partials in zip(work, parts, strict=True):
+            self.steps.weight_products(call, arrays, task, partials)
+        self.steps.contract(self.tables.inputs, self.arrays, tasks, everything)
