@@ -30,7 +30,7 @@ FREE = (
     "empty", "new_empty", "empty_like", "view", "_unsafe_view", "select", "slice", "split",
     "split_with_sizes", "unbind", "expand", "permute", "transpose", "t", "detach", "as_strided",
     "alias", "unsqueeze", "squeeze", "chunk", "_reshape_alias", "empty_strided", "lift_fresh",
-    "new_empty_strided",
+    "new_empty_strided", "transpose_",
 )  # fmt: skip
 # Methods of a backend that launch nothing.
 _NOT_KERNELS = ("channels", "coefficient_dtype", "empty")
