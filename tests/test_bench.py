@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from pdarts_fast.bench import rivals, run
+from pdarts_fast.bench import measure, rivals, run
 from pdarts_fast.kernels import backends
 
 needs_cpu = pytest.mark.skipif(
@@ -56,3 +60,19 @@ def test_amp_steps_compute_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     for rival in made.values():
         rivals.own_steps(rival, run.SearchConfig())
     assert seen == [False, True]
+
+
+def test_measuring_what_is_saved_keeps_nothing() -> None:
+    network = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    outputs: list[weakref.ref[torch.Tensor]] = []
+    x = torch.ones(2, 4)
+
+    def forward() -> torch.Tensor:
+        out = network(x)
+        outputs.append(weakref.ref(out))
+        return out
+
+    # The input of the linear layer and the output of the ReLU.
+    assert measure.saved_bytes(network, forward) == (2 * 4 + 2 * 3) * 4
+    gc.collect()
+    assert outputs[0]() is None

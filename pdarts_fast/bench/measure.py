@@ -61,7 +61,7 @@ def copy_rate(mebibytes: int = 128, repeats: int = 5) -> float:
 
 
 def release_memory() -> None:
-    """Hands freed memory back to the system, which the C library otherwise keeps: 15 GB a stage."""
+    """Hands freed memory back to the system, which the C library would keep for itself."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -82,7 +82,8 @@ def saved_bytes(network: nn.Module, forward: Callable[[], Tensor]) -> int:
         storage = x.untyped_storage()
         if storage.data_ptr() not in own:
             storages[storage.data_ptr()] = storage.nbytes()
-        return x
+        # Kept itself, an output would hold the operation that saved it, which holds the output.
+        return x.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         kept = forward()

@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 STEPS, WEIGHT_EPOCHS, BOTH_EPOCHS, BATCH = 261, 10, 15, 96
 
 # Memory of a process that times the published graph in both layouts, over what one of them saves
-# for backward (15 GB for 3.6 GB, glibc).
-_MEMORY_FACTOR = 4.5
+# for backward.
+_MEMORY_FACTOR = 2.5
 
 
 @dataclass(frozen=True)
