@@ -29,7 +29,7 @@ STEPS, WEIGHT_EPOCHS, BOTH_EPOCHS, BATCH = 261, 10, 15, 96
 
 # Memory of a process that times the published graph in both layouts, over what one of them saves
 # for backward.
-_MEMORY_FACTOR = 2.5
+_MEMORY_FACTOR = 1.9
 
 
 @dataclass(frozen=True)
