@@ -10,31 +10,25 @@
 #define PDARTS_FLOAT(primitive, call) call
 #endif
 
+#define PDARTS_DECLARE_PRIMITIVES  \
+  void fan_out(const Task&);       \
+  void mid(const Task&);           \
+  void affine(const Task&);        \
+  void mix(const Task&);           \
+  void reduce(const Task&);        \
+  void mid_backward(const Task&);  \
+  void fan_in(const Task&);
+
 namespace pdarts {
 
 #ifdef PDARTS_BF16
 namespace avx512 {
-
-void fan_out(const Task&);
-void mid(const Task&);
-void affine(const Task&);
-void mix(const Task&);
-void reduce(const Task&);
-void mid_backward(const Task&);
-void fan_in(const Task&);
-
+PDARTS_DECLARE_PRIMITIVES
 }  // namespace avx512
 #endif
 
 namespace PDARTS_VARIANT {
-
-void fan_out(const Task&);
-void mid(const Task&);
-void affine(const Task&);
-void mix(const Task&);
-void reduce(const Task&);
-void mid_backward(const Task&);
-void fan_in(const Task&);
-
+PDARTS_DECLARE_PRIMITIVES
 }  // namespace PDARTS_VARIANT
+
 }  // namespace pdarts
