@@ -76,7 +76,7 @@ class Descent:
             self._graphs = None
 
     def invalidate(self) -> None:
-        """Record all graphs anew: the network, or what the host decides in a step, has changed."""
+        """Record all graphs anew: tensors, or what the host decides in a step, have changed."""
         if self._graphs is not None:
             self._graphs.close()
 

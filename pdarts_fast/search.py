@@ -191,7 +191,6 @@ class Search(RunLoop[SearchStep, SearchConfig]):
             changes = self._write_records(self.strategy.begin_epoch(position.epoch, step, trials))
             if changes:
                 require_same(step.network, self.ranks)
-                step.invalidate()
             position.stage_seconds += time.perf_counter() - start
         self.strategy.set_epoch(position.epoch)
         rates = self._rates()

@@ -123,6 +123,8 @@ class Strategy:
     def begin_epoch(self, epoch: int, trainer: Trainer, trials: Trials) -> Iterator[Record]:
         """Change the supernet where an epoch begins, before its first step.
 
+        In place, and nothing that the host decides in a step: captured steps go on as they are.
+
         Args:
             epoch: 0-based epoch of the stage.
             trainer: The stage in training.

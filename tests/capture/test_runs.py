@@ -15,6 +15,7 @@ import torch
 
 from pdarts_fast import cli, run_search, run_train, search, training
 from pdarts_fast.capture.trace import TraceCapture
+from pdarts_fast.supernet import Network
 from pdarts_fast.train_step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quick_traces")
@@ -81,6 +82,22 @@ def test_a_search_from_traces_ends_as_an_eager_one(
     # In each stage: weights alone and after alphas, full batches and the smaller last one.
     assert (capture.recorded, capture.released) == (12, 3)
     assert capsys.readouterr().out.count("; outside the steps ") == 2
+
+
+def test_operations_are_added_under_the_recorded_steps(
+    run_tiny: Run, outcome: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "Network", Network)
+    flags = ("--strategy", "opp", "--cells", 3, "--ops-kept", 8, "--skip-dropout", 0)
+    flags = (*flags, "--epochs", 8, "--op-interval", 1, "--warmup-epochs", 0)
+    capture = Watched()
+    eager = run_tiny("search", *flags)
+    traced = run_tiny("search", *flags, capture=capture)
+    assert outcome(traced) == outcome(eager)
+    added = [r["operation"] for r in outcome(traced)["metrics"] if r["kind"] == "operation"]
+    assert len(added) == 8
+    # For full batches and the smaller last one: not once more an addition.
+    assert (capture.recorded, capture.released) == (2, 1)
 
 
 def test_a_training_from_traces_ends_as_an_eager_one(
