@@ -19,6 +19,10 @@ struct BackwardBranch {
   float* grad_pointwise;  // [groups][C, depth]
 };
 
+// That of arrays of T.
+template <class T>
+using Packed = BackwardBranch<Operand<T>>;
+
 PDARTS_INLINE bool has_weights(const Branch& b) {
   return b.kind == kConv || b.kind == kFactorized || b.kind == kPointwise;
 }
@@ -210,7 +214,7 @@ PDARTS_SHARED void add_outer(E* a, int64_t rows, E* b, int64_t columns, int64_t 
 // output of `src`. `dy` and `a` hold a chunk each. `next` is the convolution after this one.
 template <class T>
 PDARTS_INLINE void pointwise_backward(const Task& t, const Branch& b,
-                                      const BackwardBranch<Operand<T>>& packed, int64_t group,
+                                      const Packed<T>& packed, int64_t group,
                                       int64_t n, int64_t begin, int64_t end, const Branch& next,
                                       const Plane& src, const Plane& grad, const int32_t* places,
                                       Operand<T>* dy, Operand<T>* a) {

@@ -99,7 +99,7 @@ PDARTS_SHARED void add_transposed(const Branch& b, const BackwardBranch<E>& pack
 
 // Adds a depthwise-pointwise convolution to w.dx.
 template <class T>
-void conv_backward(const Task& t, const Branch& b, const BackwardBranch<Operand<T>>& packed, int64_t group,
+void conv_backward(const Task& t, const Branch& b, const Packed<T>& packed, int64_t group,
                    int64_t n, const Branch& next, const Work& w) {
   const int64_t rows = rows_per_chunk(t);
   for (int64_t begin = 0; begin < t.out_height; begin += rows)
@@ -111,7 +111,7 @@ void conv_backward(const Task& t, const Branch& b, const BackwardBranch<Operand<
 
 // Gradient of the weights of a 1x1 convolution or factorized reduce; w.dy holds its dy.
 template <class T>
-void gathered_weights(const Task& t, const Branch& b, const BackwardBranch<Operand<T>>& packed, int64_t group,
+void gathered_weights(const Task& t, const Branch& b, const Packed<T>& packed, int64_t group,
                       const T* image, int64_t begin, int64_t end, const Work& w) {
   if (!packed.grad_pointwise) return;
   Operand<T>* a = operands<T>(w.a);
@@ -122,7 +122,7 @@ void gathered_weights(const Task& t, const Branch& b, const BackwardBranch<Opera
 
 // Adds a 1x1 convolution or factorized reduce of relu(x), output rows [begin, end), to w.raw.
 template <class T>
-void gathered_backward(const Task& t, const Branch& b, const BackwardBranch<Operand<T>>& packed, int64_t group,
+void gathered_backward(const Task& t, const Branch& b, const Packed<T>& packed, int64_t group,
                        int64_t n, const T* image, int64_t begin, int64_t end, const Work& w) {
   const int64_t width = t.out_width, pixels = (end - begin) * width, cx = t.in_channels;
   const int64_t depth = product_depth(t, b);
@@ -150,7 +150,7 @@ void gathered_backward(const Task& t, const Branch& b, const BackwardBranch<Oper
 
 // Image n where a 1x1 convolution is all there is, as in front of a cell: no sum to keep.
 template <class T>
-void pointwise_image(const Task& t, const BackwardBranch<Operand<T>>& packed, int64_t group, int64_t n,
+void pointwise_image(const Task& t, const Packed<T>& packed, int64_t group, int64_t n,
                      const T* image, const Work& w) {
   const Branch& b = t.branches[0];
   const int64_t width = t.out_width, rows = rows_per_chunk(t), cx = t.in_channels;
@@ -258,7 +258,7 @@ const Branch& next_convolution(const Task& t, int64_t i) {
 }
 
 template <class T>
-void image_backward(const Task& t, const Sizes& s, const BackwardBranch<Operand<T>>* packed, int64_t group,
+void image_backward(const Task& t, const Sizes& s, const Packed<T>* packed, int64_t group,
                     int64_t n, const Work& w) {
   const T* image = static_cast<const T*>(t.x) + n * t.in_height * t.in_width * t.x_stride;
   if (s.lone) return pointwise_image(t, packed[0], group, n, image, w);
@@ -307,7 +307,9 @@ void run(const Task& t) {
 
 }  // namespace
 
-void fan_in(const Task& t) { t.bf16 ? run<BFloat>(t) : PDARTS_FLOAT(fan_in, run<float>(t)); }
+void fan_in(const Task& t) {
+  t.bf16 ? run<BFloat>(t) : PDARTS_FLOAT(fan_in, run<float>(t));
+}
 
 }  // namespace PDARTS_VARIANT
 }  // namespace pdarts

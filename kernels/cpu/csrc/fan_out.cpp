@@ -92,8 +92,8 @@ int64_t max_depth(const Task& t) {
   return depth;
 }
 
-// Output rows [begin, end) of one image of one branch; `room` is for the chunk's matrix or the lines of
-// a pool, `fresh` for its outputs while they are in cache. `ahead` is the image that is read next.
+// Output rows [begin, end) of one image of one branch; `room` is for the chunk's matrix or the lines
+// of a pool, `fresh` for its outputs while they are in cache. `ahead` is the image that is read next.
 template <class T>
 void branch_rows(const Task& t, const Branch& b, const Packed<Operand<T>>& packed,
                  const Plane& plane, const T* image, const Ahead& ahead, int64_t begin,
@@ -213,8 +213,8 @@ void run(const Task& t, bool second) {
           double* part = packed[i].moments + g * 2 * t.channels;
           const double before = static_cast<double>((n - range.begin) * t.out_height * t.out_width);
           Moments moments{before, part, part + t.channels};
-          branch_image(t, b, packed[i], plane, image, next_input<T>(t, i, n, second), n, room, fresh,
-                       moments);
+          branch_image(t, b, packed[i], plane, image, next_input<T>(t, i, n, second), n, room,
+                       fresh, moments);
         }
       }
     }
@@ -225,9 +225,13 @@ void run(const Task& t, bool second) {
 
 }  // namespace
 
-void fan_out(const Task& t) { t.bf16 ? run<BFloat>(t, false) : PDARTS_FLOAT(fan_out, run<float>(t, false)); }
+void fan_out(const Task& t) {
+  t.bf16 ? run<BFloat>(t, false) : PDARTS_FLOAT(fan_out, run<float>(t, false));
+}
 
-void mid(const Task& t) { t.bf16 ? run<BFloat>(t, true) : PDARTS_FLOAT(mid, run<float>(t, true)); }
+void mid(const Task& t) {
+  t.bf16 ? run<BFloat>(t, true) : PDARTS_FLOAT(mid, run<float>(t, true));
+}
 
 }  // namespace PDARTS_VARIANT
 }  // namespace pdarts

@@ -18,7 +18,7 @@ thread_local Scratch shared_scratch, sums_scratch, local_scratch;
 // dv of output rows [begin, end) of image n, its sums into `total` [2, C]. `a` holds a chunk; `ahead`
 // is what the next branch reads first.
 template <class T>
-void input_gradient(const Task& t, const Branch& b, const BackwardBranch<Operand<T>>& packed,
+void input_gradient(const Task& t, const Branch& b, const Packed<T>& packed,
                     int64_t n,
                     int64_t begin, int64_t end, const Ahead& ahead, const Plane& v,
                     const Plane& grad, float* a, double* total) {
@@ -59,7 +59,7 @@ void input_gradient(const Task& t, const Branch& b, const BackwardBranch<Operand
 }
 
 template <class T>
-void image_backward(const Task& t, const Branch& b, const BackwardBranch<Operand<T>>& packed,
+void image_backward(const Task& t, const Branch& b, const Packed<T>& packed,
                     int64_t group,
                     int64_t n, const Branch& next, const Plane& v, const Plane& grad, const int32_t* places,
                     float* dy, float* a, double* total) {
@@ -132,7 +132,9 @@ void run(const Task& t) {
 
 }  // namespace
 
-void mid_backward(const Task& t) { t.bf16 ? run<BFloat>(t) : PDARTS_FLOAT(mid_backward, run<float>(t)); }
+void mid_backward(const Task& t) {
+  t.bf16 ? run<BFloat>(t) : PDARTS_FLOAT(mid_backward, run<float>(t));
+}
 
 }  // namespace PDARTS_VARIANT
 }  // namespace pdarts

@@ -87,9 +87,13 @@ void run_affine(const Task& t) {
 
 }  // namespace
 
-void mix(const Task& t) { t.bf16 ? run_mix<BFloat>(t) : PDARTS_FLOAT(mix, run_mix<float>(t)); }
+void mix(const Task& t) {
+  t.bf16 ? run_mix<BFloat>(t) : PDARTS_FLOAT(mix, run_mix<float>(t));
+}
 
-void affine(const Task& t) { t.bf16 ? run_affine<BFloat>(t) : PDARTS_FLOAT(affine, run_affine<float>(t)); }
+void affine(const Task& t) {
+  t.bf16 ? run_affine<BFloat>(t) : PDARTS_FLOAT(affine, run_affine<float>(t));
+}
 
 }  // namespace PDARTS_VARIANT
 }  // namespace pdarts

@@ -207,17 +207,21 @@ PDARTS_INLINE void outer_panel(const E* a, int64_t rows, const E* b, int64_t b_s
   constexpr int kRows = kTileRows<NV>;
   int64_t i = 0;
   for (; i + kRows <= rows; i += kRows)
-    outer_tile<kRows, NV>(a + i * kPair<E>, rows, b, b_stride, pixels, out + i * out_stride, out_stride);
+    outer_tile<kRows, NV>(a + i * kPair<E>, rows, b, b_stride, pixels,
+                        out + i * out_stride, out_stride);
   if (kRows > 8 && i + 8 <= rows) {
-    outer_tile<8, NV>(a + i * kPair<E>, rows, b, b_stride, pixels, out + i * out_stride, out_stride);
+    outer_tile<8, NV>(a + i * kPair<E>, rows, b, b_stride, pixels,
+                        out + i * out_stride, out_stride);
     i += 8;
   }
   if (i + 4 <= rows) {
-    outer_tile<4, NV>(a + i * kPair<E>, rows, b, b_stride, pixels, out + i * out_stride, out_stride);
+    outer_tile<4, NV>(a + i * kPair<E>, rows, b, b_stride, pixels,
+                        out + i * out_stride, out_stride);
     i += 4;
   }
   for (; i < rows; i += 2)
-    outer_tile<2, NV>(a + i * kPair<E>, rows, b, b_stride, pixels, out + i * out_stride, out_stride);
+    outer_tile<2, NV>(a + i * kPair<E>, rows, b, b_stride, pixels,
+                        out + i * out_stride, out_stride);
 }
 
 // out [rows, columns] += sum over pixels of a[pixel][row] b[pixel][column]; rows is even. `a` and `b`

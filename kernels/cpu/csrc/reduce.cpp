@@ -109,7 +109,9 @@ void run(const Task& t) {
 
 }  // namespace
 
-void reduce(const Task& t) { t.bf16 ? run<BFloat>(t) : PDARTS_FLOAT(reduce, run<float>(t)); }
+void reduce(const Task& t) {
+  t.bf16 ? run<BFloat>(t) : PDARTS_FLOAT(reduce, run<float>(t));
+}
 
 }  // namespace PDARTS_VARIANT
 }  // namespace pdarts
