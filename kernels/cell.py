@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from . import plan as plans
 from .cell_operator import (
     backend_named,
-    move_running,
     primitive_by_primitive,
     register_backend,
 )
+from .eager_cell import EagerCell
 from .rows import storage_dtype
+from .running_statistics import move_running
 
 __all__ = [
     "Names",
@@ -66,7 +67,17 @@ def prepare(cell: nn.Module) -> Names:
     return names
 
 
-def run(backend: str, cell: nn.Module, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
+def _traced(x: Tensor) -> bool:
+    """Whether what happens is recorded or transformed: a cell must then be an operator."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def run(backend: str, cell: nn.Module, s0: Tensor, s1: Tensor, alphas: Tensor) -> Tensor:
     """What ``Cell.forward`` returns, by the primitives of a backend.
 
     Args:
@@ -74,7 +85,7 @@ def run(backend: str, cell: nn.Module, s0: Tensor, s1: Tensor, weights: Tensor) 
         cell: A ``supernet.Cell``; its parameters and buffers are read, running statistics written.
         s0: Output of the cell before the last, ``[N, C_prev_prev, H0, W0]``.
         s1: Output of the last cell, ``[N, C_prev, H, W]``.
-        weights: Weight of every live primitive of every edge, ``[edges, k]``.
+        alphas: Weight of every live primitive of every edge, ``[edges, k]``.
 
     Returns:
         ``[N, multiplier * C, H_out, W_out]``, channels-last in memory.
@@ -90,23 +101,18 @@ def run(backend: str, cell: nn.Module, s0: Tensor, s1: Tensor, weights: Tensor) 
     control: Any = names.dropout
     rate = s1.new_zeros(1, dtype=torch.float32) if control is None else control.p
     state = s1.new_zeros(2, dtype=torch.int64) if control is None else control.state
-    out, *_, batch_moments, _ = torch.ops.pdarts_fast.cell_forward(
-        s0,
-        s1,
-        weights,
-        [module.weight for module in names.convolutions],
-        [] if cell.training else running,
-        rate,
-        state,
-        names.key,
-        backend,
-        cell.training,
-        dtype,
-    )
+    weights = [module.weight for module in names.convolutions]
+    read = [] if cell.training else running
+    settings = (rate, state, names.key, backend, cell.training, dtype)
+    traced = _traced(s1)
+    if traced:
+        operator = torch.ops.pdarts_fast.cell_forward
+        out, *_, batch_moments, _ = operator(s0, s1, alphas, weights, read, *settings)
+    else:
+        out, batch_moments = EagerCell.apply(s0, s1, alphas, read, *settings, *weights)
     if cell.training:
         batches: list[Any] = [own["num_batches_tracked"] for own in buffers]
         counts = [out.shape[0] * out.shape[2] * out.shape[3], s1[:, 0].numel()]
-        traced = torch.compiler.is_compiling() or type(batch_moments) is not Tensor
         update = torch.ops.pdarts_fast.update_running if traced else move_running
         with torch.no_grad():
             update(running, batches, batch_moments, names.key, counts, backend)

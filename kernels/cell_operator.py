@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -74,7 +73,7 @@ def primitives_for(name: str, dtype: torch.dtype) -> Backend:
     return _BACKENDS[_served_by(name, dtype)]
 
 
-def _whole_cell(name: str, dtype: torch.dtype) -> WholeCell | None:
+def whole_cell(name: str, dtype: torch.dtype) -> WholeCell | None:
     """What runs whole passes of a backend for arrays of a dtype, if anything does."""
     return _WHOLE_CELLS.get(_served_by(name, dtype))
 
@@ -203,7 +202,7 @@ def forward_pass(
 ) -> Outputs:
     """A cell of the plan ``key``: output, then what the backward pass reads (``_saved``)."""
     plan, primitives = plans.from_key(key), primitives_for(backend, dtype)
-    whole = _whole_cell(backend, dtype)
+    whole = whole_cell(backend, dtype)
     outputs = _empty_outputs(plan, primitives, s0, s1, dtype, training, primitives.empty, whole)
     channels = primitives.channels(plan.channels)
     for s, copy, count in zip((s0, s1), outputs[1:3], plan.in_channels, strict=True):
@@ -230,7 +229,7 @@ cell_forward = torch.library.custom_op("pdarts_fast::cell_forward", forward_pass
 @cell_forward.register_fake
 def _(s0, s1, alphas, weights, running, rate, state, key, backend, training, dtype):
     plan, primitives = plans.from_key(key), primitives_for(backend, dtype)
-    whole = _whole_cell(backend, dtype)
+    whole = whole_cell(backend, dtype)
     return _empty_outputs(plan, primitives, s0, s1, dtype, training, _fake_empty, whole)
 
 
@@ -254,7 +253,7 @@ def backward_pass(
     dropout = (outputs[9], state)
     arrays = _arrays(plan, primitives, saved, weights, dropout, training, wants[3])
     node_grads, want_inputs = _node_gradients(plan, grad, saved), (wants[0], wants[1])
-    whole = _whole_cell(backend, dtype)
+    whole = whole_cell(backend, dtype)
     if whole is not None:
         grads, all_alphas = whole.backward(plan, saved, arrays, alphas, node_grads, want_inputs)
     else:
@@ -301,38 +300,51 @@ def _(grad, s0, s1, alphas, weights, outputs, state, key, backend, training, wan
     return _fake_gradients(s0, s1, alphas, weights, wants)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def keep(ctx, inputs, outputs) -> None:
+    """Saves for the backward pass what ``cell_forward`` was given and gave back."""
     s0, s1, alphas, weights, _, _, state, key, backend, training, _ = inputs
-    ctx.save_for_backward(s0, s1, alphas, state.clone(), *output, *weights)
-    ctx.num_outputs, ctx.num_running = len(output), len(inputs[4])
+    ctx.save_for_backward(s0, s1, alphas, state.clone(), *outputs, *weights)
+    ctx.num_outputs = len(outputs)
     ctx.key, ctx.backend, ctx.training = key, backend, training
     ctx.set_materialize_grads(False)
+
+
+def gradients(ctx, run, grad, wants_before, want_weights):
+    """Gradients of both inputs, the alphas and every weight, None where not wanted.
+
+    Args:
+        ctx: As ``keep`` left it.
+        run: ``backward_pass`` or the operator of it.
+        grad: Of the output, or None.
+        wants_before: Whether each of the first three is wanted.
+        want_weights: Whether that of each weight is wanted.
+    """
+    s0, s1, alphas, state, *rest = ctx.saved_tensors
+    outputs, weights = rest[: ctx.num_outputs], rest[ctx.num_outputs :]
+    grads: list[Tensor | None] = [None] * len(weights)
+    if grad is None:
+        return [None] * 3, grads
+    wants = [*wants_before, any(want_weights)]
+    *before, flat = run(
+        grad, s0, s1, alphas, weights, outputs, state, ctx.key, ctx.backend, ctx.training, wants
+    )
+    if wants[3]:
+        parts = unflatten(flat, weights)
+        grads = [part if want else None for part, want in zip(parts, want_weights, strict=True)]
+    return [g if want else None for g, want in zip(before, wants_before, strict=True)], grads
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    keep(ctx, inputs, output)
+    ctx.num_running = len(inputs[4])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx, grad, *_):
-    s0, s1, alphas, state, *rest = ctx.saved_tensors
-    outputs, weights = rest[: ctx.num_outputs], rest[ctx.num_outputs :]
-    nothing = [None] * ctx.num_running
-    if grad is None:
-        return None, None, None, [None] * len(weights), nothing, *[None] * 6
-    want0, want1, want_alphas, want_weights = ctx.needs_input_grad[:4]
-    wants = [want0, want1, want_alphas, any(want_weights)]
-    grad0, grad1, grad_alphas, flat = torch.ops.pdarts_fast.cell_backward(
-        grad, s0, s1, alphas, weights, outputs, state, ctx.key, ctx.backend, ctx.training, wants
-    )
-    grads: list[Tensor | None] = [None] * len(weights)
-    if wants[3]:
-        parts = unflatten(flat, weights)
-        grads = [part if want else None for part, want in zip(parts, want_weights, strict=True)]
-    return (
-        grad0 if want0 else None,
-        grad1 if want1 else None,
-        grad_alphas if want_alphas else None,
-        grads,
-        nothing,
-        *[None] * 6,
-    )
+    *wants_before, want_weights = ctx.needs_input_grad[:4]
+    run = torch.ops.pdarts_fast.cell_backward
+    before, grads = gradients(ctx, run, grad, wants_before, want_weights)
+    return (*before, grads, [None] * ctx.num_running, *[None] * 6)
 
 
 cell_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -341,57 +353,3 @@ refuse_second_derivative(
     "the fused search cell has",
     "build the network with backend='reference' to differentiate its gradients",
 )
-
-
-@lru_cache(maxsize=256)
-def _bessel(slots: int, counts: tuple[int, int], device: torch.device) -> Tensor:
-    """What turns statistics of a batch into those that running ones average, ``[rows, 2, 1]``.
-
-    Kept on the device: filled there in every step it would be several launches.
-    """
-    factors = torch.ones(slots + 2, 2, 1, dtype=torch.float64)
-    factors[:slots, 1] = moments.unbiased(factors[:slots, 1], counts[0])
-    factors[slots:, 1] = moments.unbiased(factors[slots:, 1], counts[1])
-    return factors.to(device)
-
-
-def move_running(
-    running: list[Tensor],
-    batches: list[Tensor],
-    stats: Tensor,
-    key: str,
-    counts: list[int],
-    backend: str = "reference",
-) -> None:
-    """Moves running means and variances (alternately, by norm) towards those of the batch.
-
-    Args:
-        running: ``[C]`` each.
-        batches: Counters, int64 scalars.
-        stats: float64 ``[slots + 2, 2, C]`` of ``cell_forward``.
-        key: The plan.
-        counts: M of the cell's slots, and of its preprocessed inputs.
-        backend: Whose kernels may do it.
-    """
-    plan, whole = plans.from_key(key), _whole_cell(backend, running[0].dtype)
-    if whole is not None and whole.move_running(plan, running, batches, stats, counts):
-        return
-    factors = _bessel(plan.num_slots, (counts[0], counts[1]), stats.device)
-    kept = stats[..., : plan.channels]
-    targets = torch.empty(kept.shape, dtype=running[0].dtype, device=stats.device)
-    torch.mul(kept, factors, out=targets)
-    flat = targets.flatten(0, 1).unbind()
-    picked = [flat[2 * slot + i] for slot in plan.norm_slots for i in (0, 1)]
-    torch._foreach_lerp_(running, picked, moments.MOMENTUM)
-    torch._foreach_add_(batches, 1)
-
-
-# For traces; eagerly the function itself is twice as fast.
-update_running = torch.library.custom_op(
-    "pdarts_fast::update_running", move_running, mutates_args=("running", "batches")
-)
-
-
-@update_running.register_fake
-def _(running, batches, stats, key, counts, backend="reference"):
-    return None

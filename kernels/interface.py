@@ -200,5 +200,5 @@ class WholeCell(Protocol):
         stats: Tensor,
         counts: list[int],
     ) -> bool:
-        """What ``cell_operator.move_running`` does, unless it returns False."""
+        """What ``running_statistics.move_running`` does, unless it returns False."""
         ...
