@@ -20,7 +20,7 @@ from . import plan as plans
 from .cell_backward import Backward
 from .cell_forward import Forward
 from .cell_pass import Saved, state_size
-from .interface import Arrays, Backend, WholeCell
+from .interface import AnyCell, Arrays, Backend, WholeCell
 from .plan import Plan
 from .reference import Reference
 from .rows import as_image, as_rows, copy_shape, fake_image, refuse_second_derivative
@@ -77,6 +77,12 @@ def primitives_for(name: str, dtype: torch.dtype) -> Backend:
 def _whole_cell(name: str, dtype: torch.dtype) -> WholeCell | None:
     """What runs whole passes of a backend for arrays of a dtype, if anything does."""
     return _WHOLE_CELLS.get(_served_by(name, dtype))
+
+
+def any_cell(name: str, dtype: torch.dtype) -> AnyCell | None:
+    """What runs whole passes of any plan for arrays of a dtype, if anything does."""
+    found = _whole_cell(name, dtype)
+    return found if isinstance(found, AnyCell) else None
 
 
 def _output_size(plan: Plan, s1: Tensor) -> tuple[int, int, int]:
@@ -355,6 +361,24 @@ def _bessel(slots: int, counts: tuple[int, int], device: torch.device) -> Tensor
     return factors.to(device)
 
 
+def move_statistics(
+    plan: Plan,
+    running: list[Tensor],
+    batches: list[Tensor],
+    stats: Tensor,
+    counts: tuple[int, int],
+) -> None:
+    """What ``move_running`` does by operators of torch, for any plan; arguments as there."""
+    factors = _bessel(plan.num_slots, counts, stats.device)
+    kept = stats[..., : plan.channels]
+    targets = torch.empty(kept.shape, dtype=running[0].dtype, device=stats.device)
+    torch.mul(kept, factors, out=targets)
+    flat = targets.flatten(0, 1).unbind()
+    picked = [flat[2 * slot + i] for slot in plan.norm_slots for i in (0, 1)]
+    torch._foreach_lerp_(running, picked, moments.MOMENTUM)
+    torch._foreach_add_(batches, 1)
+
+
 def move_running(
     running: list[Tensor],
     batches: list[Tensor],
@@ -376,14 +400,7 @@ def move_running(
     plan, whole = plans.from_key(key), _whole_cell(backend, running[0].dtype)
     if whole is not None and whole.move_running(plan, running, batches, stats, counts):
         return
-    factors = _bessel(plan.num_slots, (counts[0], counts[1]), stats.device)
-    kept = stats[..., : plan.channels]
-    targets = torch.empty(kept.shape, dtype=running[0].dtype, device=stats.device)
-    torch.mul(kept, factors, out=targets)
-    flat = targets.flatten(0, 1).unbind()
-    picked = [flat[2 * slot + i] for slot in plan.norm_slots for i in (0, 1)]
-    torch._foreach_lerp_(running, picked, moments.MOMENTUM)
-    torch._foreach_add_(batches, 1)
+    move_statistics(plan, running, batches, stats, (counts[0], counts[1]))
 
 
 # For traces; eagerly the function itself is twice as fast.

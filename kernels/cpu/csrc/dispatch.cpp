@@ -1,5 +1,5 @@
-// The C interface of the library: which variants this processor runs, and calling one: a primitive
-// or a whole pass of a cell.
+// The C interface of the library: which variants this processor runs, and calling one: a primitive,
+// a whole pass of a cell, or a draw of masks.
 #include "cell.h"
 
 namespace pdarts {
@@ -57,7 +57,7 @@ int64_t list(Entry* entries) {
 extern "C" {
 
 // Bumped whenever abi.h changes, so that a library of another version is refused.
-int64_t pdarts_abi_version() { return 2; }
+int64_t pdarts_abi_version() { return 3; }
 
 int64_t pdarts_sizeof_task() { return sizeof(pdarts::Task); }
 
@@ -66,6 +66,8 @@ int64_t pdarts_sizeof_branch() { return sizeof(pdarts::Branch); }
 int64_t pdarts_sizeof_item() { return sizeof(pdarts::Item); }
 
 int64_t pdarts_sizeof_cell() { return sizeof(pdarts::CellTask); }
+
+int64_t pdarts_sizeof_draw() { return sizeof(pdarts::DrawTask); }
 
 // Variant number `index`, best first: its name, or null past the last. Writes whether this
 // processor runs it and how many floats its vectors have.
@@ -91,6 +93,14 @@ int64_t pdarts_run_cell(int64_t index, int64_t backward, const pdarts::CellTask*
   pdarts::Entry entries[pdarts::kMostVariants];
   if (index < 0 || index >= pdarts::list(entries) || !entries[index].runs) return 1;
   (backward ? pdarts::cell_backward : pdarts::cell_forward)(*cell, *entries[index].variant);
+  return 0;
+}
+
+// Draws masks. Returns like `pdarts_run`.
+int64_t pdarts_draw(int64_t index, const pdarts::DrawTask* task) {
+  pdarts::Entry entries[pdarts::kMostVariants];
+  if (index < 0 || index >= pdarts::list(entries) || !entries[index].runs) return 1;
+  entries[index].variant->draw(*task);
   return 0;
 }
 

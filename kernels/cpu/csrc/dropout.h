@@ -1,4 +1,5 @@
-// Skip dropout: the counter-based mask of kernels/philox.py, V blocks of four numbers at a time.
+// Skip dropout: the counter-based mask of kernels/philox.py, V blocks of four numbers at a time; or a
+// mask that was drawn before.
 #pragma once
 
 #include "scratch.h"
@@ -39,6 +40,16 @@ PDARTS_INLINE void philox(const int64_t* state, uint32_t stream, uint64_t first,
   }
   const Bits all[4] = {c0, c1, c2, c3};
   std::memcpy(words, all, sizeof all);
+}
+
+typedef uint8_t Bytes __attribute__((vector_size(V)));
+typedef int32_t Integers __attribute__((vector_size(V * 4)));
+
+// V elements of a mask of 0 and 1.
+PDARTS_INLINE Vec load_mask(const uint8_t* p) {
+  Bytes bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(__builtin_convertvector(bytes, Integers), Vec);
 }
 
 // Room that dropout_factors needs for `count` elements.
