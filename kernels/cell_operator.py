@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from .interface import AnyCell, Arrays, Backend, WholeCell
 from .plan import Plan
 from .reference import Reference
 from .rows import as_image, as_rows, copy_shape, fake_image, refuse_second_derivative
+from .running import move_statistics
 from .weights import Weights, layout
 
 _BACKENDS: dict[str, Backend] = {"reference": Reference()}
@@ -349,36 +349,6 @@ refuse_second_derivative(
 )
 
 
-@lru_cache(maxsize=256)
-def _bessel(slots: int, counts: tuple[int, int], device: torch.device) -> Tensor:
-    """What turns statistics of a batch into those that running ones average, ``[rows, 2, 1]``.
-
-    Kept on the device: filled there in every step it would be several launches.
-    """
-    factors = torch.ones(slots + 2, 2, 1, dtype=torch.float64)
-    factors[:slots, 1] = moments.unbiased(factors[:slots, 1], counts[0])
-    factors[slots:, 1] = moments.unbiased(factors[slots:, 1], counts[1])
-    return factors.to(device)
-
-
-def move_statistics(
-    plan: Plan,
-    running: list[Tensor],
-    batches: list[Tensor],
-    stats: Tensor,
-    counts: tuple[int, int],
-) -> None:
-    """What ``move_running`` does by operators of torch, for any plan; arguments as there."""
-    factors = _bessel(plan.num_slots, counts, stats.device)
-    kept = stats[..., : plan.channels]
-    targets = torch.empty(kept.shape, dtype=running[0].dtype, device=stats.device)
-    torch.mul(kept, factors, out=targets)
-    flat = targets.flatten(0, 1).unbind()
-    picked = [flat[2 * slot + i] for slot in plan.norm_slots for i in (0, 1)]
-    torch._foreach_lerp_(running, picked, moments.MOMENTUM)
-    torch._foreach_add_(batches, 1)
-
-
 def move_running(
     running: list[Tensor],
     batches: list[Tensor],
@@ -397,10 +367,8 @@ def move_running(
         counts: M of the cell's slots, and of its preprocessed inputs.
         backend: Whose kernels may do it.
     """
-    plan, whole = plans.from_key(key), _whole_cell(backend, running[0].dtype)
-    if whole is not None and whole.move_running(plan, running, batches, stats, counts):
-        return
-    move_statistics(plan, running, batches, stats, (counts[0], counts[1]))
+    whole = _whole_cell(backend, running[0].dtype)
+    move_statistics(plans.from_key(key), running, batches, stats, counts, whole)
 
 
 # For traces; eagerly the function itself is twice as fast.

@@ -216,7 +216,7 @@ class WholeCell(Protocol):
         stats: Tensor,
         counts: list[int],
     ) -> bool:
-        """What ``cell_operator.move_running`` does, unless it returns False."""
+        """What ``running.move_statistics`` does, unless it returns False."""
         ...
 
 

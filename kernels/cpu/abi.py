@@ -150,6 +150,16 @@ class DrawTask(ctypes.Structure):
     )
 
 
+class RunningTask(ctypes.Structure):
+    """``struct RunningTask``."""
+
+    _fields_ = (
+        *((name, _INT) for name in ("norms", "channels", "padded")),
+        *((name, _POINTER) for name in ("slots", "running", "batches", "stats", "unbiased")),
+        ("momentum", ctypes.c_double),
+    )
+
+
 ITEM = np.dtype(
     [
         (name, np.int64)

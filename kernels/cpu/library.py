@@ -65,6 +65,10 @@ class Library:
         if self.handle.pdarts_draw(self.index, ctypes.byref(task)):
             raise RuntimeError(f"{self.path} draws no masks for {self.variant}")
 
+    def move_running(self, task: abi.RunningTask) -> None:
+        """Moves running statistics towards those of a batch."""
+        self.handle.pdarts_move_running(ctypes.byref(task))
+
 
 def candidates() -> Iterator[Path]:
     """Where the library may lie, first choice first.
@@ -112,11 +116,14 @@ def _open(path: Path) -> ctypes.CDLL:
     )
     handle.pdarts_draw.restype = ctypes.c_int64
     handle.pdarts_draw.argtypes = (ctypes.c_int64, ctypes.POINTER(abi.DrawTask))
+    handle.pdarts_move_running.restype = None
+    handle.pdarts_move_running.argtypes = (ctypes.POINTER(abi.RunningTask),)
     sizes = {
         "task": ctypes.sizeof(abi.Task),
         "branch": ctypes.sizeof(abi.Branch),
         "cell": ctypes.sizeof(abi.CellTask),
         "item": abi.ITEM.itemsize,
+        "running": ctypes.sizeof(abi.RunningTask),
         "draw": ctypes.sizeof(abi.DrawTask),
     }
     for name, expected in sizes.items():

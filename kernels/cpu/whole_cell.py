@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import calls as cell_calls
+from .. import moments
 from .. import plan as plans
 from ..calls import Call
 from ..cell_pass import Saved
@@ -79,6 +80,15 @@ class Tables:
 def _tables(plan: str | Plan, offsets: tuple[int, ...]) -> Tables:
     """Tables of a plan, or of that of a key: hashing a plan with a key takes long."""
     return Tables(plans.from_key(plan) if isinstance(plan, str) else plan, list(offsets))
+
+
+@lru_cache(maxsize=1024)
+def _unbiased(plan: str | Plan, pixels: int, input_pixels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Slot of every norm, and what makes its variance of that many values unbiased."""
+    plan = plans.from_key(plan) if isinstance(plan, str) else plan
+    slots = np.array(plan.norm_slots, dtype=np.int64)
+    counts = np.where(slots < plan.num_slots, pixels, input_pixels)
+    return slots, counts / np.maximum(counts - 1, 1)
 
 
 class CompiledCell:
@@ -170,7 +180,27 @@ class CompiledCell:
         stats: Tensor,
         counts: list[int],
     ) -> bool:
-        return False
+        if any(x.dtype != torch.float32 or not x.is_contiguous() for x in running):
+            return False
+        stats = stats.contiguous()
+        slots, unbiased = _unbiased(plan.key or plan, counts[0], counts[1])
+        addresses = np.array([x.data_ptr() for x in running], dtype=np.int64)
+        counters = np.array([x.data_ptr() for x in batches], dtype=np.int64)
+        task = abi.RunningTask(
+            norms=len(batches),
+            channels=plan.channels,
+            padded=stats.shape[-1],
+            slots=slots.ctypes.data,
+            running=addresses.ctypes.data,
+            batches=counters.ctypes.data,
+            stats=stats.data_ptr(),
+            unbiased=unbiased.ctypes.data,
+            momentum=moments.MOMENTUM,
+        )
+        self.library.move_running(task)
+        # Autograd notices that a graph has an older value.
+        torch.autograd.graph.increment_version([*running, *batches])
+        return True
 
     @staticmethod
     def _halves(plan: Plan) -> int:

@@ -21,7 +21,7 @@ from pdarts_fast.cells.passes import CellForward
 from pdarts_fast.cells.passes_backward import CellBackward
 from pdarts_fast.cells.plan import CellPlan
 from pdarts_fast.cells.tables import Tables, tables
-from pdarts_fast.kernels.cell_operator import move_statistics, primitives_for
+from pdarts_fast.kernels.cell_operator import primitives_for
 from pdarts_fast.kernels.interface import Backend
 from pdarts_fast.kernels.rows import (
     as_image,
@@ -30,6 +30,7 @@ from pdarts_fast.kernels.rows import (
     fake_image,
     refuse_second_derivative,
 )
+from pdarts_fast.kernels.running import move_statistics
 
 Outputs = tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
@@ -270,7 +271,7 @@ def derived_update(
     running: list[Tensor], batches: list[Tensor], stats: Tensor, key: str, counts: list[int]
 ) -> None:
     """``move_statistics`` of the plan ``key``."""
-    move_statistics(from_key(key), running, batches, stats, (counts[0], counts[1]))
+    move_statistics(from_key(key), running, batches, stats, counts)
 
 
 @derived_update.register_fake

@@ -22,9 +22,10 @@ from pdarts_fast.cells.plan import CellPlan, Place
 from pdarts_fast.cells.tables import Tables, tables
 from pdarts_fast.dropin.modules import Modules
 from pdarts_fast.kernels import backends
-from pdarts_fast.kernels.cell_operator import move_statistics, primitives_for
+from pdarts_fast.kernels.cell_operator import primitives_for
 from pdarts_fast.kernels.interface import AnyCell, Arrays, Backend, Masks
 from pdarts_fast.kernels.rows import as_image, as_rows, storage_dtype
+from pdarts_fast.kernels.running import move_statistics
 
 
 @dataclass
@@ -65,8 +66,10 @@ class _Call:
         """Which norms of the plan have a scale and a shift."""
         return [norm.weight is not None for norm in self.modules.norms]
 
-    def arrays(self, stored: Stored, weights: Sequence[Tensor], want_gradients: bool) -> Arrays:
-        """What the primitives work on."""
+    def arrays(
+        self, stored: Stored, weights: Sequence[Tensor] | Tensor, want_gradients: bool
+    ) -> Arrays:
+        """What the primitives work on; ``weights`` as for ``arrays.primitives_arrays``."""
         found = arrays.primitives_arrays(
             self.plan, self.tables, self.backend, stored, weights, want_gradients=want_gradients
         )
@@ -111,14 +114,13 @@ def _allocate(call: _Call, s0: Tensor, s1: Tensor, gains: list[Tensor]) -> Store
 
 
 def _update_running(call: _Call, stored: Stored, stats: Tensor) -> None:
-    counts = stored.nodes[..., 0].numel(), stored.states[1][..., 0].numel()
+    counts = [stored.nodes[..., 0].numel(), stored.states[1][..., 0].numel()]
     batches = [norm.num_batches_tracked for norm in call.modules.norms]
-    move_statistics(call.plan, call.running(), batches, stats, counts)
+    move_statistics(call.plan, call.running(), batches, stats, counts, call.whole)
 
 
-def _forward(call: _Call, stored: Stored, weights: list[Tensor], alphas: Tensor) -> Tensor:
+def _forward(call: _Call, stored: Stored, shared: Arrays, alphas: Tensor) -> Tensor:
     """Fills ``stored``; returns mean and variance of the batch."""
-    shared = call.arrays(stored, weights, want_gradients=False)
     if call.whole is None:
         driver = CellForward(call.backend, call.context, call.tables, stored, shared, alphas)
         driver.run()
@@ -137,21 +139,22 @@ class _Cell(torch.autograd.Function):
         weights, gains, _ = call.split(tensors)
         with torch.autocast(s1.device.type, enabled=False):
             stored = _allocate(call, s0, s1, gains)
-            stats = _forward(call, stored, weights, alphas)
+            shared = call.arrays(stored, weights, want_gradients=False)
+            stats = _forward(call, stored, shared, alphas)
             if call.context.training:
                 _update_running(call, stored, stats)
             out = arrays.output(call.plan, stored.nodes, call.backend.empty)
-        _save(ctx, call, stored, out, (s0, s1), alphas, tensors)
+        _save(ctx, call, stored, shared.weights.flat, out, (s0, s1), alphas, tensors)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         call: _Call = ctx.call
-        stored, masks, alphas, tensors = _restore(ctx)
+        stored, masks, alphas, flat, tensors = _restore(ctx)
         _, *wants = ctx.needs_input_grad
         rows = arrays.node_gradients(call.plan, grad, stored.nodes, call.backend.empty)
-        passed = _Backward(call, stored, alphas, tensors, want_weights=any(wants[3:]))
+        passed = _Backward(call, stored, alphas, flat, tensors, want_weights=any(wants[3:]))
         inputs, of_alphas = passed.run(rows, masks, (wants[0], wants[1]))
         grads: list[Tensor | None] = [
             as_image(x, s) if want and x is not None else None
@@ -171,6 +174,7 @@ class _Backward:
         call: The call.
         stored: Of the forward pass.
         alphas: As given.
+        flat: All weights, packed.
         tensors: Weights, scales and shifts, parameters of custom operations.
         want_weights: Whether gradients of any of these are wanted.
     """
@@ -180,6 +184,7 @@ class _Backward:
         call: _Call,
         stored: Stored,
         alphas: Tensor,
+        flat: Tensor,
         tensors: Sequence[Tensor],
         *,
         want_weights: bool,
@@ -187,7 +192,7 @@ class _Backward:
         self.call, self.stored, self.alphas = call, stored, alphas
         self.weights, self.gains, self.parameters = call.split(tensors)
         self.want_weights = want_weights
-        self.shared = call.arrays(stored, self.weights, want_weights)
+        self.shared = call.arrays(stored, flat, want_weights)
         self.driver: CellBackward | None = None
 
     def run(
@@ -234,6 +239,7 @@ def _save(
     ctx: Any,
     call: _Call,
     stored: Stored,
+    flat: Tensor,
     out: Tensor,
     inputs: tuple[Tensor, Tensor],
     alphas: Tensor,
@@ -262,26 +268,33 @@ def _save(
         masks, call.masks = [call.masks.kept, call.masks.factors], None
     states = [] if call.plan.outside else stored.states
     gains = [] if stored.gains is None else [stored.gains]
-    groups = [[alphas, nodes, stored.slots, stored.norms], rows, states, stored.raw, gains, masks]
+    groups = [
+        [alphas, flat, nodes, stored.slots, stored.norms],
+        rows,
+        states,
+        stored.raw,
+        gains,
+        masks,
+    ]
     ctx.sizes = [len(group) for group in groups]
     ctx.save_for_backward(*[tensor for group in groups for tensor in group], *tensors)
 
 
-def _restore(ctx: Any) -> tuple[Stored, list[Tensor], Tensor, list[Tensor]]:
-    """``Stored``, masks, weights of the operations, and the tensors of the call."""
+def _restore(ctx: Any) -> tuple[Stored, list[Tensor], Tensor, Tensor, list[Tensor]]:
+    """``Stored``, masks, alphas, packed weights, and the tensors of the call."""
     saved = list(ctx.saved_tensors)
     groups: list[list[Tensor]] = []
     for size in ctx.sizes:
         groups.append(saved[:size])
         saved = saved[size:]
-    (alphas, nodes, slots, norms), rows, states, raw, gains, masks = groups
+    (alphas, flat, nodes, slots, norms), rows, states, raw, gains, masks = groups
     nodes = nodes.permute(0, 2, 3, 1) if ctx.shared[0] else nodes
     inputs = [
         x.permute(0, 2, 3, 1) if shared else x
         for x, shared in zip(rows, ctx.shared[1:], strict=True)
     ]
     stored = Stored(inputs, states or inputs, raw, nodes, slots, norms, gains[0] if gains else None)
-    return stored, masks, alphas, saved
+    return stored, masks, alphas, flat, saved
 
 
 def run(

@@ -86,3 +86,10 @@ def test_only_wanted_gradients_are_computed(make_case: Any, kernels: str, wanted
         single = gradients()
     for left, right in zip(whole, single, strict=True):
         assert (left - right).norm() <= 1e-4 * right.norm()
+
+
+def test_running_statistics_are_moved_as_by_torch(make_case: Any, kernels: str) -> None:
+    case = make_case(live=4, reduction_prev=True, channels=12)
+    names = case.cell()
+    key = case.key if hasattr(case, "key") else fused.names_of(names).key
+    assert key

@@ -121,6 +121,17 @@ struct DrawTask {
   uint8_t* out;                  // [masks, images, pixels, padded], written
 };
 
+// Running statistics of a cell's BatchNorms, to be moved towards those of the batch.
+struct RunningTask {
+  int64_t norms, channels, padded;
+  const int64_t* slots;          // [norms]: rows of stats
+  float* const* running;         // [norms, 2]: arrays of mean and variance, [channels] each, updated
+  int64_t* const* batches;       // [norms]: counters, updated
+  const double* stats;           // [rows, 2, padded]: mean and biased variance
+  const double* unbiased;        // [norms]: factors of the variances
+  double momentum;
+};
+
 using Primitive = void (*)(const Task&);
 using Draw = void (*)(const DrawTask&);
 

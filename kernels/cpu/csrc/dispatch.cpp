@@ -1,5 +1,5 @@
 // The C interface of the library: which variants this processor runs, and calling one: a primitive,
-// a whole pass of a cell, or a draw of masks.
+// a whole pass of a cell, a draw of masks; and running statistics.
 #include "cell.h"
 
 namespace pdarts {
@@ -67,6 +67,8 @@ int64_t pdarts_sizeof_item() { return sizeof(pdarts::Item); }
 
 int64_t pdarts_sizeof_cell() { return sizeof(pdarts::CellTask); }
 
+int64_t pdarts_sizeof_running() { return sizeof(pdarts::RunningTask); }
+
 int64_t pdarts_sizeof_draw() { return sizeof(pdarts::DrawTask); }
 
 // Variant number `index`, best first: its name, or null past the last. Writes whether this
@@ -102,6 +104,22 @@ int64_t pdarts_draw(int64_t index, const pdarts::DrawTask* task) {
   if (index < 0 || index >= pdarts::list(entries) || !entries[index].runs) return 1;
   entries[index].variant->draw(*task);
   return 0;
+}
+
+// Moves running statistics; hundreds of short vectors, which took longer one by one.
+void pdarts_move_running(const pdarts::RunningTask* task) {
+  const pdarts::RunningTask& t = *task;
+  const float momentum = static_cast<float>(t.momentum);
+  for (int64_t i = 0; i < t.norms; ++i) {
+    ++*t.batches[i];
+    for (int64_t which = 0; which < 2; ++which) {
+      const double* found = t.stats + (2 * t.slots[i] + which) * t.padded;
+      const double factor = which ? t.unbiased[i] : 1.0;
+      float* running = t.running[2 * i + which];
+      for (int64_t c = 0; c < t.channels; ++c)
+        running[c] += momentum * (static_cast<float>(found[c] * factor) - running[c]);
+    }
+  }
 }
 
 }  // extern "C"
