@@ -36,6 +36,7 @@ class Item(NamedTuple):
         edge, op: Place in the table of alphas.
         norm: Index of its BatchNorm in ``Plan.norms``, -1 for a skip.
         input_norm: That of the array a second half reads, else -1.
+        mask: Number of a skip's mask where masks are drawn outside (``interface.Masks``), else -1.
     """
 
     kind: int
@@ -55,6 +56,7 @@ class Item(NamedTuple):
     op: int
     norm: int
     input_norm: int = -1
+    mask: int = -1
 
 
 class Places(NamedTuple):
@@ -130,63 +132,71 @@ class CellCalls:
     num_halves: int
 
 
-def _input_call(plan: Plan, which: int) -> Call:
-    kind = plan.input_kind(which)
-    stride = 2 if kind == plans.FACTORIZED else 1
-    weight = plan.input_weights(which)[0]
-    norm = len(plan.norms) - 2 + which
-    item = Item(kind, 0, 1, stride, 0, -1, 0, -1, which, 0, -1, -1, weight, 0, 0, norm)
-    return Call((item,), plan.num_ops)
+class Builder:
+    """Makes the items of a plan's calls.
 
+    Args:
+        plan: The cell.
 
-def _first(plan: Plan, branch: Branch, half: int) -> Item:
-    """What reads the source state."""
-    separable = branch.first >= 0
-    depthwise, pointwise = -1, -1
-    if branch.kind == plans.CONV:
-        depthwise, pointwise = branch.weights[:2]
-    elif branch.kind == plans.FACTORIZED:
-        pointwise = branch.weights[0]
-    stream = -1
-    if branch.kind == plans.SKIP and plan.dropout:
-        stream = plan.index * plans.STREAMS_PER_CELL + branch.edge
-    return Item(
-        kind=branch.kind,
-        kernel=branch.kernel,
-        dilation=branch.dilation,
-        stride=branch.stride,
-        padding=branch.padding,
-        stream=stream,
-        slot=branch.first if separable else branch.slot,
-        input=-1,
-        source=branch.source,
-        node=branch.node,
-        half=half,
-        depthwise=depthwise,
-        pointwise=pointwise,
-        edge=branch.edge,
-        op=branch.op,
-        norm=branch.norms[-1] if branch.norms else -1,
-    )
+    Attributes:
+        halves: Number of every separable convolution, by edge and position.
+    """
 
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        separable = [branch for branch in plan.branches if branch.first >= 0]
+        self.halves = {(b.edge, b.op): number for number, b in enumerate(separable)}
 
-def _second(plan: Plan, branch: Branch, half: int) -> Item:
-    """The second half of a separable convolution."""
-    depthwise, pointwise = branch.weights[2:]
-    return _first(plan, branch, half)._replace(
-        stride=1,
-        slot=branch.slot,
-        input=branch.first,
-        depthwise=depthwise,
-        pointwise=pointwise,
-        norm=branch.norms[0],
-        input_norm=branch.norms[1],
-    )
+    def input(self, which: int) -> Item:
+        """Preprocessing of an input; slot 0 is the state."""
+        plan = self.plan
+        kind, weight = plan.input_kind(which), plan.input_weights(which)[0]
+        stride = 2 if kind == plans.FACTORIZED else 1
+        norm = len(plan.norms) - 2 + which
+        return Item(kind, 0, 1, stride, 0, -1, 0, -1, which, 0, -1, -1, weight, 0, 0, norm)
 
+    def first(self, branch: Branch) -> Item:
+        """What reads the source state."""
+        depthwise, pointwise = -1, -1
+        if branch.kind == plans.CONV:
+            depthwise, pointwise = branch.weights[:2]
+        elif branch.kind == plans.FACTORIZED:
+            pointwise = branch.weights[0]
+        return Item(
+            kind=branch.kind,
+            kernel=branch.kernel,
+            dilation=branch.dilation,
+            stride=branch.stride,
+            padding=branch.padding,
+            stream=self.plan.stream(branch),
+            slot=branch.first if branch.first >= 0 else branch.slot,
+            input=-1,
+            source=branch.source,
+            node=branch.node,
+            half=self.halves.get((branch.edge, branch.op), -1),
+            depthwise=depthwise,
+            pointwise=pointwise,
+            edge=branch.edge,
+            op=branch.op,
+            norm=branch.norms[-1] if branch.norms else -1,
+            mask=self.plan.mask(branch),
+        )
 
-def _last(plan: Plan, branch: Branch, half: int) -> Item:
-    """What enters the node."""
-    return _second(plan, branch, half) if half >= 0 else _first(plan, branch, half)
+    def second(self, branch: Branch) -> Item:
+        """The second half of a separable convolution."""
+        return self.first(branch)._replace(
+            stride=1,
+            slot=branch.slot,
+            input=branch.first,
+            depthwise=branch.weights[2],
+            pointwise=branch.weights[3],
+            norm=branch.norms[0],
+            input_norm=branch.norms[1],
+        )
+
+    def last(self, branch: Branch) -> Item:
+        """What enters the node."""
+        return self.second(branch) if branch.first >= 0 else self.first(branch)
 
 
 def _wanted(source: int, wanted: int) -> bool:
@@ -197,13 +207,15 @@ def _wanted(source: int, wanted: int) -> bool:
 @lru_cache(maxsize=1024)
 def of(key: str) -> CellCalls:
     """The calls of the plan ``key``."""
-    plan = plans.from_key(key)
-    separable = [branch for branch in plan.branches if branch.first >= 0]
-    halves = {branch: number for number, branch in enumerate(separable)}
+    return _build(plans.from_key(key))
 
-    def call(make: Callable[[Plan, Branch, int], Item], branches: Iterable[Branch]) -> Call:
-        items = (make(plan, branch, halves.get(branch, -1)) for branch in branches)
-        return Call(tuple(items), plan.num_ops)
+
+@lru_cache(maxsize=1024)
+def _build(plan: Plan) -> CellCalls:
+    build = Builder(plan)
+
+    def call(make: Callable[[Branch], Item], branches: Iterable[Branch]) -> Call:
+        return Call(tuple(map(make, branches)), plan.num_ops)
 
     sources, nodes = range(plan.steps + 1), range(plan.steps)
     leaving = [plan.leaving(source) for source in sources]
@@ -212,20 +224,27 @@ def of(key: str) -> CellCalls:
     def skips(branches: list[Branch], wanted: bool) -> list[Branch]:
         return [b for b in branches if (b.kind == plans.SKIP) == wanted]
 
+    def separable(branches: list[Branch], wanted: int = 3) -> list[Branch]:
+        return [b for b in branches if b.first >= 0 and _wanted(b.source, wanted)]
+
     return CellCalls(
-        inputs=tuple(_input_call(plan, which) for which in (0, 1)),
-        leave=tuple(call(_first, [b for b in skips(bs, False) if not b.shared]) for bs in leaving),
-        second=tuple(call(_second, [b for b in bs if b in halves]) for bs in leaving),
-        enter=tuple(call(_last, skips(bs, False)) for bs in entering),
-        skips=tuple(call(_first, skips(bs, True)) for bs in entering),
-        both=tuple(call(_last, skips(bs, False) + skips(bs, True)) for bs in entering),
+        inputs=tuple(Call((build.input(which),), plan.num_ops) for which in (0, 1)),
+        leave=tuple(
+            call(build.first, [b for b in skips(bs, False) if not b.shared]) for bs in leaving
+        ),
+        second=tuple(call(build.second, separable(bs)) for bs in leaving),
+        enter=tuple(call(build.last, skips(bs, False)) for bs in entering),
+        skips=tuple(call(build.first, skips(bs, True)) for bs in entering),
+        both=tuple(call(build.last, skips(bs, False) + skips(bs, True)) for bs in entering),
         enter_second=tuple(
-            tuple(
-                call(_second, [b for b in bs if b in halves and _wanted(b.source, wanted)])
-                for bs in entering
-            )
+            tuple(call(build.second, separable(bs, wanted)) for bs in entering)
             for wanted in range(4)
         ),
-        gather=tuple(call(_first, skips(bs, False) + skips(bs, True)) for bs in leaving),
-        num_halves=len(halves),
+        gather=tuple(call(build.first, skips(bs, False) + skips(bs, True)) for bs in leaving),
+        num_halves=len(build.halves),
     )
+
+
+def of_plan(plan: Plan) -> CellCalls:
+    """The calls of any plan, with a key or without."""
+    return of(plan.key) if plan.key else _build(plan)

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from . import plan as plans
 from .cell_operator import (
     backend_named,
+    move_running,
     primitive_by_primitive,
     register_backend,
 )
 from .eager_cell import EagerCell
 from .rows import storage_dtype
-from .running_statistics import move_running
 
 __all__ = [
     "Names",

@@ -19,10 +19,11 @@ from . import plan as plans
 from .cell_backward import Backward
 from .cell_forward import Forward
 from .cell_pass import Saved, state_size
-from .interface import Arrays, Backend, WholeCell
+from .interface import AnyCell, Arrays, Backend, WholeCell
 from .plan import Plan
 from .reference import Reference
 from .rows import as_image, as_rows, copy_shape, fake_image, refuse_second_derivative
+from .running import move_statistics
 from .weights import Weights, layout
 
 _BACKENDS: dict[str, Backend] = {"reference": Reference()}
@@ -76,6 +77,12 @@ def primitives_for(name: str, dtype: torch.dtype) -> Backend:
 def whole_cell(name: str, dtype: torch.dtype) -> WholeCell | None:
     """What runs whole passes of a backend for arrays of a dtype, if anything does."""
     return _WHOLE_CELLS.get(_served_by(name, dtype))
+
+
+def any_cell(name: str, dtype: torch.dtype) -> AnyCell | None:
+    """What runs whole passes of any plan for arrays of a dtype, if anything does."""
+    found = whole_cell(name, dtype)
+    return found if isinstance(found, AnyCell) else None
 
 
 def _output_size(plan: Plan, s1: Tensor) -> tuple[int, int, int]:
@@ -353,3 +360,36 @@ refuse_second_derivative(
     "the fused search cell has",
     "build the network with backend='reference' to differentiate its gradients",
 )
+
+
+def move_running(
+    running: list[Tensor],
+    batches: list[Tensor],
+    stats: Tensor,
+    key: str,
+    counts: list[int],
+    backend: str = "reference",
+) -> None:
+    """Moves running means and variances (alternately, by norm) towards those of the batch.
+
+    Args:
+        running: ``[C]`` each.
+        batches: Counters, int64 scalars.
+        stats: float64 ``[slots + 2, 2, C]`` of ``cell_forward``.
+        key: The plan.
+        counts: M of the cell's slots, and of its preprocessed inputs.
+        backend: Whose kernels may do it.
+    """
+    whole = whole_cell(backend, running[0].dtype)
+    move_statistics(plans.from_key(key), running, batches, stats, counts, whole)
+
+
+# For traces; eagerly the function itself is twice as fast.
+update_running = torch.library.custom_op(
+    "pdarts_fast::update_running", move_running, mutates_args=("running", "batches")
+)
+
+
+@update_running.register_fake
+def _(running, batches, stats, key, counts, backend="reference"):
+    return None

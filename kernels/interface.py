@@ -7,8 +7,9 @@ zeros throughout.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,6 +23,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
+class Masks:
+    """Skip dropout by masks that were drawn before, in place of rate and state.
+
+    Attributes:
+        kept: uint8 ``[masks, N, H, W, C]``, 1 where an element is kept; by ``Item.mask``.
+        factors: float64 ``[masks]``: what is kept is multiplied by.
+    """
+
+    kept: Tensor
+    factors: Tensor
+
+
+@dataclass(slots=True)
 class Arrays:
     """What all calls of a pass share.
 
@@ -31,9 +45,10 @@ class Arrays:
         weights: Of the whole cell, with room for gradients if they are wanted.
         rate, state: Of the skip dropout: float32 ``[1]``, int64 ``[2]``.
         channels: C without padding: what the dropout stream counts.
-        training: Without it skips have no dropout.
+        training: Without it skips have no dropout, and whole passes take running statistics.
         grads: Gradient of every node, ``[N, H, W, C]`` each; backward only.
         half_grads: Gradient of every first half's normalised output, ``[halves, N, H, W, C]``.
+        masks: Of the skip dropout, for an ``AnyCell`` alone.
     """
 
     y: Tensor
@@ -45,6 +60,7 @@ class Arrays:
     training: bool
     grads: list[Tensor]
     half_grads: Tensor | None = None
+    masks: Masks | None = None
 
 
 class Backend(Protocol):
@@ -200,5 +216,23 @@ class WholeCell(Protocol):
         stats: Tensor,
         counts: list[int],
     ) -> bool:
-        """What ``running_statistics.move_running`` does, unless it returns False."""
+        """What ``running.move_statistics`` does, unless it returns False."""
+        ...
+
+
+@runtime_checkable
+class AnyCell(WholeCell, Protocol):
+    """A ``WholeCell`` that takes plans without a key, too, and ``Arrays.masks``."""
+
+    def draw(self, kept: Tensor, channels: int, probabilities: Sequence[float]) -> bool:
+        """Draws masks as ``bernoulli_`` draws them from torch's generator of the CPU.
+
+        Args:
+            kept: uint8 ``[masks, N, H, W, C]``, written unless it returns False.
+            channels: C without padding.
+            probabilities: Of keeping an element, by mask, between 0 and 1 exclusively.
+
+        Returns:
+            False if it cannot draw what torch draws.
+        """
         ...

@@ -112,6 +112,21 @@ class Plan:
         """Branches of all edges into a node."""
         return [branch for branch in self.branches if branch.node == node]
 
+    @property
+    def num_edges(self) -> int:
+        """Rows of the table of alphas."""
+        return sum(range(2, 2 + self.steps))
+
+    def stream(self, branch: Branch) -> int:
+        """Dropout stream of a skip in training, -1 for none."""
+        if branch.kind != SKIP or not self.dropout:
+            return -1
+        return self.index * STREAMS_PER_CELL + branch.edge
+
+    def mask(self, branch: Branch) -> int:
+        """Number of a skip's mask that is drawn outside of the passes, -1 for none."""
+        return -1
+
     def input_kind(self, which: int) -> int:
         """FACTORIZED or POINTWISE: how input 0 or 1 is brought to C channels."""
         return FACTORIZED if which == 0 and self.reduction_prev else POINTWISE

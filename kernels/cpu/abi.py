@@ -6,7 +6,7 @@ import ctypes
 
 import numpy as np
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 FAN_OUT, MID, AFFINE, MIX, REDUCE, MID_BACKWARD, FAN_IN = range(7)
 
 _INT = ctypes.c_int64
@@ -32,6 +32,7 @@ class Branch(ctypes.Structure):
         ("sums", _POINTER),
         ("grad_depthwise", _POINTER),
         ("grad_pointwise", _POINTER),
+        ("mask", _POINTER),
     )
 
 
@@ -123,6 +124,8 @@ class CellTask(ctypes.Structure):
                 "weights",
                 "dropout_rate",
                 "dropout_state",
+                "masks",
+                "mask_factors",
                 "grad",
                 "node_grads",
                 "half_grads",
@@ -132,6 +135,28 @@ class CellTask(ctypes.Structure):
         ("grad_inputs", _POINTER * 2),
         ("grad_alphas", _POINTER),
         ("grad_weights", _POINTER),
+    )
+
+
+class DrawTask(ctypes.Structure):
+    """``struct DrawTask``."""
+
+    _fields_ = (
+        ("words", _POINTER),
+        ("used", _POINTER),
+        *((name, _INT) for name in ("masks", "images", "channels", "pixels", "threads", "padded")),
+        ("thresholds", _POINTER),
+        ("out", _POINTER),
+    )
+
+
+class RunningTask(ctypes.Structure):
+    """``struct RunningTask``."""
+
+    _fields_ = (
+        *((name, _INT) for name in ("norms", "channels", "padded")),
+        *((name, _POINTER) for name in ("slots", "running", "batches", "stats", "unbiased")),
+        ("momentum", ctypes.c_double),
     )
 
 
@@ -155,6 +180,7 @@ ITEM = np.dtype(
             "alpha",
             "norm",
             "input_norm",
+            "mask",
         )
     ]
 )

@@ -23,7 +23,7 @@ SOURCES = Path(__file__).resolve().parent / "csrc"
 OUTPUT = Path(__file__).resolve().parent / "_kernels.so"
 BASE = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-g0")
 SANITIZE = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined")
-PRIMITIVES = ("fan_out", "mid_backward", "fan_in", "mix", "reduce", "variant")
+PRIMITIVES = ("fan_out", "mid_backward", "fan_in", "mix", "reduce", "draw", "variant")
 SCALAR = ("dispatch", "cell_forward", "cell_backward")
 
 

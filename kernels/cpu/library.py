@@ -56,6 +56,19 @@ class Library:
         if self.handle.pdarts_run_cell(self.index, backward, ctypes.byref(cell)):
             raise RuntimeError(f"{self.path} has no passes for {self.variant}")
 
+    def draw(self, task: abi.DrawTask) -> None:
+        """Draws masks.
+
+        Raises:
+            RuntimeError: The library does not run here.
+        """
+        if self.handle.pdarts_draw(self.index, ctypes.byref(task)):
+            raise RuntimeError(f"{self.path} draws no masks for {self.variant}")
+
+    def move_running(self, task: abi.RunningTask) -> None:
+        """Moves running statistics towards those of a batch."""
+        self.handle.pdarts_move_running(ctypes.byref(task))
+
 
 def candidates() -> Iterator[Path]:
     """Where the library may lie, first choice first.
@@ -101,11 +114,17 @@ def _open(path: Path) -> ctypes.CDLL:
         ctypes.c_int64,
         ctypes.POINTER(abi.CellTask),
     )
+    handle.pdarts_draw.restype = ctypes.c_int64
+    handle.pdarts_draw.argtypes = (ctypes.c_int64, ctypes.POINTER(abi.DrawTask))
+    handle.pdarts_move_running.restype = None
+    handle.pdarts_move_running.argtypes = (ctypes.POINTER(abi.RunningTask),)
     sizes = {
         "task": ctypes.sizeof(abi.Task),
         "branch": ctypes.sizeof(abi.Branch),
         "cell": ctypes.sizeof(abi.CellTask),
         "item": abi.ITEM.itemsize,
+        "running": ctypes.sizeof(abi.RunningTask),
+        "draw": ctypes.sizeof(abi.DrawTask),
     }
     for name, expected in sizes.items():
         size = getattr(handle, f"pdarts_sizeof_{name}")

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import calls as cell_calls
+from .. import moments
 from .. import plan as plans
 from ..calls import Call
 from ..cell_pass import Saved
 from ..interface import Arrays
 from ..plan import Plan
 from . import abi
+from . import draw as drawing
 from .library import Library
 from .memory import pool
 
@@ -33,14 +36,14 @@ class Tables:
     """
 
     def __init__(self, plan: Plan, offsets: list[int]) -> None:
-        calls = cell_calls.of(plan.key)
+        calls = cell_calls.of_plan(plan)
         self._offsets = [*offsets, -1]
         self._kept: list[object] = []
         self.struct = abi.CellCalls(
             steps=plan.steps,
             slots=plan.num_slots,
             halves=calls.num_halves,
-            alphas=sum(range(2, 2 + plan.steps)) * plan.num_ops,
+            alphas=plan.num_edges * plan.num_ops,
             norms=len(plan.norms),
             inputs=self._calls(calls.inputs),
             leave=self._calls(calls.leave),
@@ -73,24 +76,32 @@ class Tables:
         return table
 
 
+@lru_cache(maxsize=1024)
+def _tables(plan: str | Plan, offsets: tuple[int, ...]) -> Tables:
+    """Tables of a plan, or of that of a key: hashing a plan with a key takes long."""
+    return Tables(plans.from_key(plan) if isinstance(plan, str) else plan, list(offsets))
+
+
+@lru_cache(maxsize=1024)
+def _unbiased(plan: str | Plan, pixels: int, input_pixels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Slot of every norm, and what makes its variance of that many values unbiased."""
+    plan = plans.from_key(plan) if isinstance(plan, str) else plan
+    slots = np.array(plan.norm_slots, dtype=np.int64)
+    counts = np.where(slots < plan.num_slots, pixels, input_pixels)
+    return slots, counts / np.maximum(counts - 1, 1)
+
+
 class CompiledCell:
-    """``interface.WholeCell`` over the compiled library."""
+    """``interface.AnyCell`` over the compiled library."""
 
     def __init__(self, library: Library) -> None:
         self.library = library
-        self._tables: dict[tuple[str, tuple[int, ...]], Tables] = {}
-
-    def _struct(self, plan: Plan, offsets: list[int]) -> abi.CellCalls:
-        key = (plan.key, tuple(offsets))
-        if key not in self._tables:
-            self._tables[key] = Tables(plan, offsets)
-        return self._tables[key].struct
 
     def _task(self, plan: Plan, saved: Saved, arrays: Arrays, alphas: Tensor) -> abi.CellTask:
         """What both passes need; ``alphas`` is float64 and contiguous."""
-        struct = self._struct(plan, arrays.weights.layout.offsets)
+        tables = _tables(plan.key or plan, tuple(arrays.weights.layout.offsets))
         slots = saved.slots
-        task = abi.CellTask(calls=ctypes.addressof(struct))
+        task = abi.CellTask(calls=ctypes.addressof(tables.struct))
         _, task.images, task.height, task.width, task.channels = slots.shape
         task.real_channels, task.training = arrays.channels, arrays.training
         task.bf16, task.threads = slots.dtype == torch.bfloat16, torch.get_num_threads()
@@ -106,6 +117,9 @@ class CompiledCell:
         task.weights = arrays.weights.flat.data_ptr()
         task.dropout_rate = arrays.rate.data_ptr()
         task.dropout_state = arrays.state.data_ptr()
+        if arrays.masks is not None:
+            task.masks = arrays.masks.kept.data_ptr()
+            task.mask_factors = arrays.masks.factors.data_ptr()
         return task
 
     def extra_slots(self, plan: Plan) -> int:
@@ -152,6 +166,12 @@ class CompiledCell:
         self.library.run_cell(task, backward=True)
         return inputs, grad_alphas.flatten()
 
+    def draw(self, kept: Tensor, channels: int, probabilities: Sequence[float]) -> bool:
+        if not drawing.agrees(self.library):
+            return False
+        drawing.draw(self.library, kept, channels, probabilities, torch.default_generator)
+        return True
+
     def move_running(
         self,
         plan: Plan,
@@ -160,8 +180,28 @@ class CompiledCell:
         stats: Tensor,
         counts: list[int],
     ) -> bool:
-        return False
+        if any(x.dtype != torch.float32 or not x.is_contiguous() for x in running):
+            return False
+        stats = stats.contiguous()
+        slots, unbiased = _unbiased(plan.key or plan, counts[0], counts[1])
+        addresses = np.array([x.data_ptr() for x in running], dtype=np.int64)
+        counters = np.array([x.data_ptr() for x in batches], dtype=np.int64)
+        task = abi.RunningTask(
+            norms=len(batches),
+            channels=plan.channels,
+            padded=stats.shape[-1],
+            slots=slots.ctypes.data,
+            running=addresses.ctypes.data,
+            batches=counters.ctypes.data,
+            stats=stats.data_ptr(),
+            unbiased=unbiased.ctypes.data,
+            momentum=moments.MOMENTUM,
+        )
+        self.library.move_running(task)
+        # Autograd notices that a graph has an older value.
+        torch.autograd.graph.increment_version([*running, *batches])
+        return True
 
     @staticmethod
     def _halves(plan: Plan) -> int:
-        return cell_calls.of(plan.key).num_halves
+        return cell_calls.of_plan(plan).num_halves

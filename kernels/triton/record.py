@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import calls, cell_operator, running_statistics
+from .. import calls, cell_operator
 from .. import plan as plans
 from ..cell_pass import Saved, state_size
 from ..interface import Arrays
@@ -132,7 +132,7 @@ def record_cell(
             s0, s1, alphas, weights, [], rate, state, key, name, True, dtype
         )
         counts = [outputs[0][:, 0].numel(), s1[:, 0].numel()]
-        running_statistics.move_running(running, batches, outputs[8], key, counts, name)
+        cell_operator.move_running(running, batches, outputs[8], key, counts, name)
         state.clone()  # what autograd keeps
     with recording() as backward:
         name = _recorded_backend(backward)

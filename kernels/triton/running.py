@@ -6,7 +6,7 @@ with the variance of the batch times M / (M - 1). Buffers are tensors of their o
 device holds their addresses, so a launch of ``torch._foreach_lerp_`` for every 64 is saved. Loads
 are 4 bytes wide since nothing is known of those addresses.
 
-Reference: ``running_statistics.move_running``.
+Reference: ``cell_operator.move_running``.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _addresses(plan: Plan, running: list[Tensor], batches: list[Tensor]) -> Tens
 def move_running(
     plan: Plan, running: list[Tensor], batches: list[Tensor], stats: Tensor, counts: list[int]
 ) -> bool:
-    """``running_statistics.move_running``; whether it was done, which takes float32 buffers.
+    """``cell_operator.move_running``; whether it was done, which takes float32 buffers.
 
     Args:
         running: Means and variances in turn, ``[C]``.
@@ -118,7 +118,7 @@ def _specialisations() -> list[Specialisation]:
 register(
     "running",
     _running_kernel,
-    reference="running_statistics.move_running",
+    reference="cell_operator.move_running",
     maths="running += momentum (batch - running)",
     why="a warp for C numbers",
     specialisations=_specialisations,

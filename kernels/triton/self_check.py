@@ -24,7 +24,7 @@ from torch import Tensor
 from pdarts_fast.errors import RunError
 from pdarts_fast.version import __version__
 
-from .. import calls, cell_operator, plan, running_statistics
+from .. import calls, cell_operator, plan
 from ..calls import Call
 from ..interface import Arrays, Backend
 from ..reference import Reference
@@ -250,7 +250,7 @@ def _whole_pass(s: Sample, backend: str, device: torch.device, dtype: torch.dtyp
     running = [torch.zeros(CHANNELS, device=device) for _ in range(2 * len(s.plan.norms))]
     batches = [torch.zeros((), dtype=torch.int64, device=device) for _ in s.plan.norms]
     counts = [outputs[0][:, 0].numel(), images[1][:, 0].numel()]
-    running_statistics.move_running(running, batches, outputs[8], s.plan.key, counts, backend)
+    cell_operator.move_running(running, batches, outputs[8], s.plan.key, counts, backend)
     names = ("s0", "s1", "alphas", "weights")
     return {
         "out": outputs[0], **dict(zip(names, found, strict=True)),

@@ -168,27 +168,3 @@ def node_gradients(plan: CellPlan, grad: Tensor, nodes: Tensor, empty: Empty) ->
     for source, target in _parts(plan, found.unflatten(-1, (-1, plan.channels)), by_node):
         target.copy_(source)
     return full
-
-
-def update_running(
-    plan: CellPlan,
-    running: Sequence[Tensor],
-    batches: Sequence[Tensor],
-    stats: Tensor,
-    counts: tuple[int, int],
-) -> None:
-    """Moves running statistics towards those of the batch, as BatchNorm does in training.
-
-    Args:
-        running: Running mean and variance of every norm of the plan, ``[C]`` each.
-        batches: Their counters, int64 scalars.
-        stats: Mean and biased variance of the batch, float64 ``[slots + 2, 2, C]``.
-        counts: M of the slots, and of the preprocessed inputs.
-    """
-    picked = stats[list(plan.norm_slots), :, : plan.channels]
-    outer = [slot >= plan.num_slots for slot in plan.norm_slots]
-    factors = [moments.unbiased(stats.new_ones(()), counts[one]) for one in outer]
-    picked[:, 1] *= torch.stack(factors)[:, None]
-    targets = picked.to(running[0].dtype).flatten(0, 1).unbind()
-    torch._foreach_lerp_(list(running), list(targets), moments.MOMENTUM)
-    torch._foreach_add_(list(batches), 1)

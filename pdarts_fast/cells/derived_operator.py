@@ -30,6 +30,7 @@ from pdarts_fast.kernels.rows import (
     fake_image,
     refuse_second_derivative,
 )
+from pdarts_fast.kernels.running import move_statistics
 
 Outputs = tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
@@ -269,8 +270,8 @@ refuse_second_derivative(
 def derived_update(
     running: list[Tensor], batches: list[Tensor], stats: Tensor, key: str, counts: list[int]
 ) -> None:
-    """``arrays.update_running`` of the plan ``key``."""
-    arrays.update_running(from_key(key), running, batches, stats, (counts[0], counts[1]))
+    """``move_statistics`` of the plan ``key``."""
+    move_statistics(from_key(key), running, batches, stats, counts)
 
 
 @derived_update.register_fake

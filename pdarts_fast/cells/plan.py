@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from pdarts_fast.kernels import plan as plans
 from pdarts_fast.kernels.plan import Branch, Plan
@@ -104,6 +105,20 @@ class CellPlan(Plan):
 
     def input_weights(self, which: int) -> tuple[int, ...]:
         return () if self.outside else super().input_weights(which)
+
+    @property
+    def num_edges(self) -> int:
+        return len(self.sizes)
+
+    @cached_property
+    def masks(self) -> dict[Place, int]:
+        """Number of every skip with a dropout, in the order in which the cell draws their masks."""
+        behind = {place for place, _ in self.dropouts}
+        found = [(b.node, place_of(b)) for b in self.branches if place_of(b) in behind]
+        return {place: number for number, (_, place) in enumerate(sorted(found))}
+
+    def mask(self, branch: Branch) -> int:
+        return self.masks.get(place_of(branch), -1)
 
     @property
     def all_nodes(self) -> bool:

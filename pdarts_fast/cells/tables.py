@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pdarts_fast.cells.plan import CellPlan, Place, place_of
+from pdarts_fast.kernels import calls
 from pdarts_fast.kernels import plan as plans
 from pdarts_fast.kernels.calls import Call, Item
 from pdarts_fast.kernels.plan import Branch
@@ -117,72 +118,22 @@ class Tables:
     states: dict[Place, int]
 
 
-class _Builder:
+class _Builder(calls.Builder):
     def __init__(self, plan: CellPlan, masked: Sequence[Branch]) -> None:
-        self.plan = plan
-        self.halves = {
-            place_of(b): number for number, b in enumerate(b for b in plan.branches if b.first >= 0)
-        }
+        super().__init__(plan)
         self.grads = {place_of(b): plan.steps + i for i, b in enumerate(masked)}
         skips = [place_of(b) for b in masked if b.kind == plans.SKIP]
         self.states = {place: plan.steps + 2 + i for i, place in enumerate(skips)}
 
     def first(self, branch: Branch) -> Item:
-        """What reads the source state."""
-        depthwise, pointwise = -1, -1
-        if branch.kind == plans.CONV:
-            depthwise, pointwise = branch.weights[:2]
-        elif branch.kind == plans.FACTORIZED:
-            pointwise = branch.weights[0]
-        place = place_of(branch)
-        return Item(
-            kind=branch.kind,
-            kernel=branch.kernel,
-            dilation=branch.dilation,
-            stride=branch.stride,
-            padding=branch.padding,
-            stream=-1,
-            slot=branch.first if branch.first >= 0 else branch.slot,
-            input=-1,
-            source=branch.source,
-            node=self.grads.get(place, branch.node),
-            half=self.halves.get(place, -1),
-            depthwise=depthwise,
-            pointwise=pointwise,
-            edge=branch.edge,
-            op=branch.op,
-            norm=branch.norms[-1] if branch.norms else -1,
-        )
-
-    def second(self, branch: Branch) -> Item:
-        """The second half of a separable convolution."""
-        return self.first(branch)._replace(
-            stride=1,
-            slot=branch.slot,
-            input=branch.first,
-            depthwise=branch.weights[2],
-            pointwise=branch.weights[3],
-            norm=branch.norms[0],
-            input_norm=branch.norms[1],
-        )
-
-    def last(self, branch: Branch) -> Item:
-        """What enters the node."""
-        return self.second(branch) if branch.first >= 0 else self.first(branch)
+        """What reads the source state, with the number of its gradient."""
+        node = self.grads.get(place_of(branch), branch.node)
+        return super().first(branch)._replace(node=node)
 
     def copied(self, branch: Branch) -> Item:
         """``last`` over the masked copy, if there is one."""
         item, place = self.last(branch), place_of(branch)
         return item._replace(source=self.states.get(place, item.source))
-
-    def input(self, which: int) -> Group:
-        """Preprocessing of an input."""
-        plan = self.plan
-        kind, weight = plan.input_kind(which), plan.input_weights(which)[0]
-        stride = 2 if kind == plans.FACTORIZED else 1
-        norm = len(plan.norms) - 2 + which
-        item = Item(kind, 0, 1, stride, 0, -1, 0, -1, which, 0, -1, -1, weight, 0, 0, norm)
-        return Group(plan, [item])
 
 
 @lru_cache(maxsize=1024)
@@ -212,7 +163,7 @@ def tables(plan: CellPlan, masked_skips: frozenset[Place], drop_path: bool) -> T
         return group(build.second(b) for b in kept if b.first >= 0)
 
     return Tables(
-        inputs=() if plan.outside else tuple(build.input(which) for which in (0, 1)),
+        inputs=() if plan.outside else tuple(group([build.input(which)]) for which in (0, 1)),
         leave=tuple(
             group(build.first(b) for b in bs if b.kind != plans.SKIP and not b.shared)
             for bs in leaving

@@ -1,15 +1,20 @@
-"""A recognised cell as one node of autograd, over the primitives of any backend."""
+"""A recognised cell as one node of autograd, over any backend.
+
+Its passes are single calls of the backend where that has them and the cell is made of what the
+supernet's are made of (``cells.whole``); otherwise they go primitive by primitive.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors as unflatten
 
-from pdarts_fast.cells import arrays
+from pdarts_fast.cells import arrays, whole
 from pdarts_fast.cells.context import Context, Stored
 from pdarts_fast.cells.passes import CellForward
 from pdarts_fast.cells.passes_backward import CellBackward
@@ -18,9 +23,9 @@ from pdarts_fast.cells.tables import Tables, tables
 from pdarts_fast.dropin.modules import Modules
 from pdarts_fast.kernels import backends
 from pdarts_fast.kernels.cell_operator import primitives_for
-from pdarts_fast.kernels.interface import Arrays, Backend
-from pdarts_fast.kernels.rows import as_rows, storage_dtype
-from pdarts_fast.kernels.weights import Weights
+from pdarts_fast.kernels.interface import AnyCell, Arrays, Backend, Masks
+from pdarts_fast.kernels.rows import as_image, as_rows, storage_dtype
+from pdarts_fast.kernels.running import move_statistics
 
 
 @dataclass
@@ -30,6 +35,9 @@ class _Call:
     Attributes:
         counts: How many weights, and scales and shifts, lead the tensors; parameters of custom
             operations follow.
+        whole: Runs whole passes; None to run primitive by primitive.
+        masks: Of a whole pass, until they are saved.
+        places: Of the masks of a pass primitive by primitive.
     """
 
     context: Context
@@ -38,6 +46,9 @@ class _Call:
     modules: Modules
     dtype: torch.dtype
     counts: tuple[int, int]
+    whole: AnyCell | None
+    masks: Masks | None = None
+    places: list[Place] = field(default_factory=list)
 
     @property
     def plan(self) -> CellPlan:
@@ -55,11 +66,15 @@ class _Call:
         """Which norms of the plan have a scale and a shift."""
         return [norm.weight is not None for norm in self.modules.norms]
 
-    def arrays(self, stored: Stored, weights: Sequence[Tensor], want_gradients: bool) -> Arrays:
-        """What the primitives work on."""
-        return arrays.primitives_arrays(
+    def arrays(
+        self, stored: Stored, weights: Sequence[Tensor] | Tensor, want_gradients: bool
+    ) -> Arrays:
+        """What the primitives work on; ``weights`` as for ``arrays.primitives_arrays``."""
+        found = arrays.primitives_arrays(
             self.plan, self.tables, self.backend, stored, weights, want_gradients=want_gradients
         )
+        found.training = self.whole is not None and self.context.training
+        return found
 
     def running(self) -> list[Tensor]:
         """Running mean and variance of every norm."""
@@ -69,10 +84,10 @@ class _Call:
 def _allocate(call: _Call, s0: Tensor, s1: Tensor, gains: list[Tensor]) -> Stored:
     plan, backend, dtype = call.plan, call.backend, call.dtype
     channels = backend.channels(plan.channels)
-    inputs = [
-        as_rows(s, dtype, depth)
-        for s, depth in zip((s0, s1), arrays.depths(plan, backend), strict=True)
-    ]
+    depths = arrays.depths(plan, backend)
+    inputs = [as_rows(s0, dtype, depths[0])]
+    # The first cell of a network gets one image twice.
+    inputs.append(inputs[0] if s1 is s0 else as_rows(s1, dtype, depths[1]))
     batch = s1.shape[0]
 
     def empty(*shape: int) -> Tensor:
@@ -99,9 +114,19 @@ def _allocate(call: _Call, s0: Tensor, s1: Tensor, gains: list[Tensor]) -> Store
 
 
 def _update_running(call: _Call, stored: Stored, stats: Tensor) -> None:
-    counts = stored.nodes[..., 0].numel(), stored.states[1][..., 0].numel()
+    counts = [stored.nodes[..., 0].numel(), stored.states[1][..., 0].numel()]
     batches = [norm.num_batches_tracked for norm in call.modules.norms]
-    arrays.update_running(call.plan, call.running(), batches, stats, counts)
+    move_statistics(call.plan, call.running(), batches, stats, counts, call.whole)
+
+
+def _forward(call: _Call, stored: Stored, shared: Arrays, alphas: Tensor) -> Tensor:
+    """Fills ``stored``; returns mean and variance of the batch."""
+    if call.whole is None:
+        driver = CellForward(call.backend, call.context, call.tables, stored, shared, alphas)
+        driver.run()
+        return driver.stats
+    shared.masks = call.masks = whole.draw(call.context, call.whole, call.backend, stored.slots)
+    return whole.forward(call.whole, call.plan, stored, shared, alphas)
 
 
 class _Cell(torch.autograd.Function):
@@ -115,46 +140,106 @@ class _Cell(torch.autograd.Function):
         with torch.autocast(s1.device.type, enabled=False):
             stored = _allocate(call, s0, s1, gains)
             shared = call.arrays(stored, weights, want_gradients=False)
-            driver = CellForward(call.backend, call.context, call.tables, stored, shared, alphas)
-            driver.run()
+            stats = _forward(call, stored, shared, alphas)
             if call.context.training:
-                _update_running(call, stored, driver.stats)
+                _update_running(call, stored, stats)
             out = arrays.output(call.plan, stored.nodes, call.backend.empty)
-        _save(ctx, call, stored, out, (s0, s1), alphas, tensors)
+        _save(ctx, call, stored, shared.weights.flat, out, (s0, s1), alphas, tensors)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         call: _Call = ctx.call
-        stored, masks, alphas, tensors = _restore(ctx)
-        weights, gains, parameters = call.split(tensors)
-        _, want0, want1, want_alphas, *wants = ctx.needs_input_grad
-        want_weights = any(wants)
-        context = replace(call.context, masks=masks)
-        shared = call.arrays(stored, weights, want_weights)
-        driver = CellBackward(call.backend, context, call.tables, stored, shared, alphas)
-        driver.parameters = parameters
+        stored, masks, alphas, flat, tensors = _restore(ctx)
+        _, *wants = ctx.needs_input_grad
         rows = arrays.node_gradients(call.plan, grad, stored.nodes, call.backend.empty)
-        inputs = driver.run(rows, (want0, want1), want_weights)
+        passed = _Backward(call, stored, alphas, flat, tensors, want_weights=any(wants[3:]))
+        inputs, of_alphas = passed.run(rows, masks, (wants[0], wants[1]))
         grads: list[Tensor | None] = [
-            x[..., :channels].permute(0, 3, 1, 2).to(dtype) if want and x is not None else None
-            for x, (channels, dtype), want in zip(inputs, ctx.inputs, (want0, want1), strict=True)
+            as_image(x, s) if want and x is not None else None
+            for x, s, want in zip(inputs, ctx.inputs, wants, strict=False)
         ]
-        of_alphas = driver.grad_alphas.view(alphas.shape).to(alphas.dtype)
-        grads.append(of_alphas if want_alphas else None)
-        if want_weights:
-            found = _tensor_gradients(call, driver, shared.weights, weights, gains)
-            grads += [g if want else None for g, want in zip(found, wants, strict=True)]
-        else:
-            grads += [None] * len(tensors)
-        return (None, *grads)
+        grads.append(of_alphas.view(alphas.shape).to(alphas.dtype) if wants[2] else None)
+        if not passed.want_weights:
+            return (None, *grads, *[None] * len(tensors))
+        found = zip(passed.tensor_gradients(), wants[3:], strict=True)
+        return (None, *grads, *(g if want else None for g, want in found))
+
+
+class _Backward:
+    """The backward pass of a call.
+
+    Args:
+        call: The call.
+        stored: Of the forward pass.
+        alphas: As given.
+        flat: All weights, packed.
+        tensors: Weights, scales and shifts, parameters of custom operations.
+        want_weights: Whether gradients of any of these are wanted.
+    """
+
+    def __init__(
+        self,
+        call: _Call,
+        stored: Stored,
+        alphas: Tensor,
+        flat: Tensor,
+        tensors: Sequence[Tensor],
+        *,
+        want_weights: bool,
+    ) -> None:
+        self.call, self.stored, self.alphas = call, stored, alphas
+        self.weights, self.gains, self.parameters = call.split(tensors)
+        self.want_weights = want_weights
+        self.shared = call.arrays(stored, flat, want_weights)
+        self.driver: CellBackward | None = None
+
+    def run(
+        self, rows: Tensor, masks: list[Tensor], want_inputs: tuple[bool, bool]
+    ) -> tuple[list[Tensor | None], Tensor]:
+        """Gradients of the inputs, ``[N, H, W, C]``, and of the alphas.
+
+        Args:
+            rows: Gradient of the nodes, ``[N, H, W, steps * C]``.
+            masks: As ``_save`` kept them.
+            want_inputs: Whether the gradient of each input is wanted.
+        """
+        call, stored, shared = self.call, self.stored, self.shared
+        if call.whole is not None:
+            shared.masks = Masks(masks[0], masks[1]) if masks else None
+            passed = (call.plan, whole.saved(stored), shared, self.alphas, rows, want_inputs)
+            return call.whole.backward(*passed)
+        context = replace(call.context, masks=dict(zip(call.places, masks, strict=True)))
+        driver = self.driver = CellBackward(
+            call.backend, context, call.tables, stored, shared, self.alphas
+        )
+        driver.parameters = self.parameters
+        inputs = driver.run(rows, want_inputs, self.want_weights)
+        return inputs, driver.grad_alphas
+
+    def tensor_gradients(self) -> list[Tensor | None]:
+        """Gradients of weights, scales and shifts, and parameters of custom operations."""
+        weights, gains, driver = self.weights, self.gains, self.driver
+        flat = self.shared.weights.gradient()
+        grads: list[Tensor | None] = []
+        if weights:
+            grads += unflatten(flat.to(weights[0].dtype), weights)
+        if driver is None:
+            return grads
+        if gains:
+            assert driver.grad_gains is not None
+            for rows, norm in zip(driver.grad_gains[:-1], self.call.modules.norms, strict=True):
+                if norm.weight is not None:
+                    grads += [row[: self.call.plan.channels].to(gains[0].dtype) for row in rows]
+        return grads + driver.grad_parameters
 
 
 def _save(
     ctx: Any,
     call: _Call,
     stored: Stored,
+    flat: Tensor,
     out: Tensor,
     inputs: tuple[Tensor, Tensor],
     alphas: Tensor,
@@ -166,7 +251,8 @@ def _save(
     as what they are lets autograd notice changes in place.
     """
     ctx.call = call
-    ctx.inputs = [(s.shape[1], s.dtype) for s in inputs]
+    # What is left of the inputs' memory is their shape and dtype.
+    ctx.inputs = [s.detach().new_empty(1).expand(s.shape) for s in inputs]
     ctx.shared = [out.data_ptr() == stored.nodes.data_ptr()]
     ctx.shared += [
         rows.data_ptr() == s.data_ptr() for rows, s in zip(stored.inputs, inputs, strict=True)
@@ -176,52 +262,39 @@ def _save(
         s if shared else x
         for s, x, shared in zip(inputs, stored.inputs, ctx.shared[1:], strict=True)
     ]
-    ctx.places = list(call.context.masks)
-    masks = list(call.context.masks.values())
+    call.places, masks = list(call.context.masks), list(call.context.masks.values())
     call.context.masks = {}
+    if call.masks is not None:
+        masks, call.masks = [call.masks.kept, call.masks.factors], None
     states = [] if call.plan.outside else stored.states
     gains = [] if stored.gains is None else [stored.gains]
-    groups = [[alphas, nodes, stored.slots, stored.norms], rows, states, stored.raw, gains, masks]
+    groups = [
+        [alphas, flat, nodes, stored.slots, stored.norms],
+        rows,
+        states,
+        stored.raw,
+        gains,
+        masks,
+    ]
     ctx.sizes = [len(group) for group in groups]
     ctx.save_for_backward(*[tensor for group in groups for tensor in group], *tensors)
 
 
-def _restore(ctx: Any) -> tuple[Stored, dict[Place, Tensor], Tensor, list[Tensor]]:
-    """``Stored``, masks, weights of the operations, and the tensors of the call."""
+def _restore(ctx: Any) -> tuple[Stored, list[Tensor], Tensor, Tensor, list[Tensor]]:
+    """``Stored``, masks, alphas, packed weights, and the tensors of the call."""
     saved = list(ctx.saved_tensors)
     groups: list[list[Tensor]] = []
     for size in ctx.sizes:
         groups.append(saved[:size])
         saved = saved[size:]
-    (alphas, nodes, slots, norms), rows, states, raw, gains, masks = groups
+    (alphas, flat, nodes, slots, norms), rows, states, raw, gains, masks = groups
     nodes = nodes.permute(0, 2, 3, 1) if ctx.shared[0] else nodes
     inputs = [
         x.permute(0, 2, 3, 1) if shared else x
         for x, shared in zip(rows, ctx.shared[1:], strict=True)
     ]
     stored = Stored(inputs, states or inputs, raw, nodes, slots, norms, gains[0] if gains else None)
-    return stored, dict(zip(ctx.places, masks, strict=True)), alphas, saved
-
-
-def _tensor_gradients(
-    call: _Call,
-    driver: CellBackward,
-    packed: Weights,
-    weights: Sequence[Tensor],
-    gains: Sequence[Tensor],
-) -> list[Tensor | None]:
-    """Gradients of weights, scales and shifts, and parameters of custom operations."""
-    parts = packed.gradient().split([weight.numel() for weight in weights])
-    grads: list[Tensor | None] = [
-        part.view(weight.shape).to(weight.dtype)
-        for part, weight in zip(parts, weights, strict=True)
-    ]
-    if gains:
-        assert driver.grad_gains is not None
-        for rows, norm in zip(driver.grad_gains[:-1], call.modules.norms, strict=True):
-            if norm.weight is not None:
-                grads += [row[: call.plan.channels].to(gains[0].dtype) for row in rows]
-    return grads + driver.grad_parameters
+    return stored, masks, alphas, flat, saved
 
 
 def run(
@@ -281,5 +354,6 @@ def run(
         modules,
         dtype,
         (len(weights), len(gains)),
+        whole.find(context, backend, dtype),
     )
     return _Cell.apply(call, s0, s1, alphas, *tensors)

@@ -9,7 +9,9 @@ import torch
 
 from pdarts_fast.bench import primitives, rivals
 from pdarts_fast.kernels import cell as fused
+from pdarts_fast.kernels import cell_operator, plan
 from pdarts_fast.kernels.cpu import load as cpu_load
+from pdarts_fast.kernels.running import move_statistics
 
 CASES = {
     "normal-dropout": {"channels": 16, "live": 4, "dropout": 0.4},
@@ -86,3 +88,30 @@ def test_only_wanted_gradients_are_computed(make_case: Any, kernels: str, wanted
         single = gradients()
     for left, right in zip(whole, single, strict=True):
         assert (left - right).norm() <= 1e-4 * right.norm()
+
+
+@pytest.mark.parametrize("channels", [16, 12], ids="{}-channels".format)
+def test_running_statistics_move_as_by_torch(kernels: str, channels: int) -> None:
+    table = [[True] * 8] * 5
+    cell = plan.from_key(
+        plan.make_key(
+            table, channels=channels, in_channels=(8, 8), reduction=False, reduction_prev=True,
+            steps=2, multiplier=2, index=0, dropout=False,
+        )
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    stats = torch.rand(cell.num_slots + 2, 2, 16, dtype=torch.float64, generator=generator)
+    running = [torch.rand(channels, generator=generator) for _ in range(2 * len(cell.norms))]
+    batches = [torch.tensor(number) for number in range(len(cell.norms))]
+    others = [x.clone() for x in running], [x.clone() for x in batches]
+    graph = running[0].clone().requires_grad_() * running[0]
+    whole = cell_operator.any_cell(kernels, torch.float32)
+    assert whole is not None
+    assert whole.move_running(cell, running, batches, stats, [5, 1])
+    move_statistics(cell, *others, stats, [5, 1])
+    torch.testing.assert_close(running, others[0], rtol=2e-7, atol=0)
+    assert batches == others[1]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        graph.sum().backward()
+    wide = [x.double() for x in running]
+    assert not whole.move_running(cell, wide, batches, stats, [5, 1])

@@ -37,6 +37,7 @@ struct Branch {
   double* sums;                  // [2, C], written
   float* grad_depthwise;         // [C, kernel, kernel], written; null if nobody asks
   float* grad_pointwise;         // like pointwise, written; null if nobody asks
+  const uint8_t* mask;           // [M, C] of a skip: 1 where its dropout keeps, or null
 };
 
 struct Task {
@@ -67,6 +68,7 @@ struct Item {
   int64_t depthwise, pointwise;  // offsets into the cell's weights, -1 for none
   int64_t alpha;                 // place in the table of alphas
   int64_t norm, input_norm;      // rows of the normalisations in evaluation
+  int64_t mask;                  // number of a skip's mask if masks are given, -1 for none
 };
 
 struct Call {
@@ -97,6 +99,8 @@ struct CellTask {
   const float* weights;
   const float* dropout_rate;
   const int64_t* dropout_state;
+  const uint8_t* masks;          // [masks, M, C]: 1 where a skip's dropout keeps, or null
+  const double* mask_factors;    // [masks]: what is kept is multiplied by
   // Backward:
   const void* grad;              // storage [M, steps * C]
   void* node_grads;              // storage [steps - 1, M, C], room
@@ -107,7 +111,29 @@ struct CellTask {
   float* grad_weights;           // written, or null if nobody asks
 };
 
+// Masks as torch's generator draws them for images [images, channels, pixels]; see draw.cpp.
+struct DrawTask {
+  uint32_t* words;               // [624]: block of the Mersenne twister, updated
+  int64_t* used;                 // words of the block that were drawn, updated
+  int64_t masks, images, channels, pixels, threads;
+  int64_t padded;                // channels of `out`; those behind `channels` are 0
+  const uint64_t* thresholds;    // [masks]: 1 for a 53-bit number below it
+  uint8_t* out;                  // [masks, images, pixels, padded], written
+};
+
+// Running statistics of a cell's BatchNorms, to be moved towards those of the batch.
+struct RunningTask {
+  int64_t norms, channels, padded;
+  const int64_t* slots;          // [norms]: rows of stats
+  float* const* running;         // [norms, 2]: arrays of mean and variance, [channels] each, updated
+  int64_t* const* batches;       // [norms]: counters, updated
+  const double* stats;           // [rows, 2, padded]: mean and biased variance
+  const double* unbiased;        // [norms]: factors of the variances
+  double momentum;
+};
+
 using Primitive = void (*)(const Task&);
+using Draw = void (*)(const DrawTask&);
 
 enum PrimitiveIndex { kFanOut, kMid, kAffine, kMix, kReduce, kMidBackward, kFanIn, kNumPrimitives };
 
@@ -115,6 +141,7 @@ struct Variant {
   const char* name;
   int64_t width;                 // floats in a vector
   Primitive primitives[kNumPrimitives];
+  Draw draw;
 };
 
 }  // namespace pdarts

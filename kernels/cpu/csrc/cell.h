@@ -108,11 +108,19 @@ class CellPass {
         const Rows x = state(item.source);
         b.input = x.data;
         b.input_stride = x.stride;
+        if (cell_.masks && item.mask >= 0) b.mask = cell_.masks + item.mask * pixels() * channels_;
       } else if (item.input >= 0) {
         b.input = slot(item.input);
         b.input_stride = channels_;
       }
     }
+  }
+
+  // What is multiplied by an item's output: its alpha, and the factor of a mask.
+  double weight(const Item& item) const { return cell_.alphas[item.alpha] * mask_factor(item); }
+
+  double mask_factor(const Item& item) const {
+    return cell_.masks && item.mask >= 0 ? cell_.mask_factors[item.mask] : 1.0;
   }
 
   // Room for `count` vectors of C numbers, zero.

@@ -76,8 +76,8 @@ class Backward : public CellPass {
       const double* product = total + (1 + i) * channels_;
       double sum = 0.0;
       for (int64_t c = 0; c < channels_; ++c) sum += product[c];
-      cell_.grad_alphas[item.alpha] = sum;
-      const double alpha = cell_.alphas[item.alpha];
+      cell_.grad_alphas[item.alpha] = sum * mask_factor(item);
+      const double alpha = weight(item);
       if (i < call.normed) {
         const double* n = norm(item);
         set_coef(coef(item), alpha, n, n + channels_, total, product,

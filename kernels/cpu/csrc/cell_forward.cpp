@@ -87,7 +87,7 @@ class Forward : public CellPass {
     float* scale = scales(call.count);
     for (int64_t i = 0; i < call.count; ++i, scale += channels_) {
       const Item& item = call.items[i];
-      const double alpha = cell_.alphas[item.alpha];
+      const double alpha = weight(item);
       branches_[static_cast<size_t>(i)].scale = scale;
       if (i >= call.normed) {
         for (int64_t c = 0; c < channels_; ++c) scale[c] = static_cast<float>(alpha);

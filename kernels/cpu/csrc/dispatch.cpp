@@ -1,5 +1,5 @@
-// The C interface of the library: which variants this processor runs, and calling one: a primitive
-// or a whole pass of a cell.
+// The C interface of the library: which variants this processor runs, and calling one: a primitive,
+// a whole pass of a cell, a draw of masks; and running statistics.
 #include "cell.h"
 
 namespace pdarts {
@@ -57,7 +57,7 @@ int64_t list(Entry* entries) {
 extern "C" {
 
 // Bumped whenever abi.h changes, so that a library of another version is refused.
-int64_t pdarts_abi_version() { return 2; }
+int64_t pdarts_abi_version() { return 3; }
 
 int64_t pdarts_sizeof_task() { return sizeof(pdarts::Task); }
 
@@ -66,6 +66,10 @@ int64_t pdarts_sizeof_branch() { return sizeof(pdarts::Branch); }
 int64_t pdarts_sizeof_item() { return sizeof(pdarts::Item); }
 
 int64_t pdarts_sizeof_cell() { return sizeof(pdarts::CellTask); }
+
+int64_t pdarts_sizeof_running() { return sizeof(pdarts::RunningTask); }
+
+int64_t pdarts_sizeof_draw() { return sizeof(pdarts::DrawTask); }
 
 // Variant number `index`, best first: its name, or null past the last. Writes whether this
 // processor runs it and how many floats its vectors have.
@@ -92,6 +96,30 @@ int64_t pdarts_run_cell(int64_t index, int64_t backward, const pdarts::CellTask*
   if (index < 0 || index >= pdarts::list(entries) || !entries[index].runs) return 1;
   (backward ? pdarts::cell_backward : pdarts::cell_forward)(*cell, *entries[index].variant);
   return 0;
+}
+
+// Draws masks. Returns like `pdarts_run`.
+int64_t pdarts_draw(int64_t index, const pdarts::DrawTask* task) {
+  pdarts::Entry entries[pdarts::kMostVariants];
+  if (index < 0 || index >= pdarts::list(entries) || !entries[index].runs) return 1;
+  entries[index].variant->draw(*task);
+  return 0;
+}
+
+// Moves running statistics; hundreds of short vectors, which took longer one by one.
+void pdarts_move_running(const pdarts::RunningTask* task) {
+  const pdarts::RunningTask& t = *task;
+  const float momentum = static_cast<float>(t.momentum);
+  for (int64_t i = 0; i < t.norms; ++i) {
+    ++*t.batches[i];
+    for (int64_t which = 0; which < 2; ++which) {
+      const double* found = t.stats + (2 * t.slots[i] + which) * t.padded;
+      const double factor = which ? t.unbiased[i] : 1.0;
+      float* running = t.running[2 * i + which];
+      for (int64_t c = 0; c < t.channels; ++c)
+        running[c] += momentum * (static_cast<float>(found[c] * factor) - running[c]);
+    }
+  }
 }
 
 }  // extern "C"

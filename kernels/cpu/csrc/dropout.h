@@ -1,4 +1,5 @@
-// Skip dropout: the counter-based mask of kernels/philox.py, V blocks of four numbers at a time.
+// Skip dropout: the counter-based mask of kernels/philox.py, V blocks of four numbers at a time; or a
+// mask that was drawn before.
 #pragma once
 
 #include "scratch.h"
@@ -39,6 +40,24 @@ PDARTS_INLINE void philox(const int64_t* state, uint32_t stream, uint64_t first,
   }
   const Bits all[4] = {c0, c1, c2, c3};
   std::memcpy(words, all, sizeof all);
+}
+
+typedef uint8_t Bytes __attribute__((vector_size(V)));
+typedef int32_t Integers __attribute__((vector_size(V * 4)));
+
+// V elements of a mask of 0 and 1. GCC 12 converts vectors of bytes element by element.
+PDARTS_INLINE Vec load_mask(const uint8_t* p) {
+#if defined(__AVX512F__) && PDARTS_WIDTH == 16
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+#elif defined(__AVX2__) && PDARTS_WIDTH == 8
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+#else
+  Bytes bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(__builtin_convertvector(bytes, Integers), Vec);
+#endif
 }
 
 // Room that dropout_factors needs for `count` elements.

@@ -221,10 +221,12 @@ void skip_backward(const Task& t, const Branch& b, int64_t n, const Work& w) {
   const float* keep = b.stream < 0
                           ? nullptr
                           : dropout_factors(t, b, n * pixels * real, pixels * real, w.factors);
+  const uint8_t* drawn = b.mask ? b.mask + n * pixels * channels : nullptr;
   for (int64_t p = 0; p < pixels; ++p)
     for (int64_t c = 0; c < channels; c += V) {
       Vec v = load(b.scale + c) * load(g + p * b.grad_stride + c);
       if (keep) v *= load(keep + p * real + c);
+      if (drawn) v *= load_mask(drawn + p * channels + c);
       float* o = w.raw + p * channels + c;
       store(o, load(o) + v);
     }

@@ -23,6 +23,17 @@ void add_branch(const Task& t, const Branch& b, int64_t first, int64_t pixels, c
                 float* factors, float* total) {
   const int64_t channels = t.channels, stride = operand_stride(t, b);
   const T* x = operand<T>(b) + first * stride;
+  if (b.mask) {
+    const uint8_t* keep = b.mask + first * channels;
+    for (int64_t p = 0; p < pixels; ++p)
+      for (int64_t c = 0; c < channels; c += V) {
+        float* o = total + p * channels + c;
+        ahead.ask(p, c / V);
+        const Vec kept = load_mask(keep + p * channels + c) * load(x + p * stride + c);
+        store(o, load(o) + load(b.scale + c) * kept);
+      }
+    return;
+  }
   if (b.kind == kSkip && b.stream >= 0) {
     const int64_t real = t.real_channels;
     const float* keep = dropout_factors(t, b, first * real, pixels * real, factors);

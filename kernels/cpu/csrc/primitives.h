@@ -17,7 +17,8 @@
   void mix(const Task&);           \
   void reduce(const Task&);        \
   void mid_backward(const Task&);  \
-  void fan_in(const Task&);
+  void fan_in(const Task&);        \
+  void draw(const DrawTask&);
 
 namespace pdarts {
 

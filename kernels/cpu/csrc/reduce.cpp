@@ -50,6 +50,15 @@ void branch_sums(const Task& t, const Branch& b, const T* g, int64_t first, int6
     return;
   }
   const T* x = operand<T>(b) + first * b.input_stride;
+  if (b.mask) {
+    const uint8_t* keep = b.mask + first * t.channels;
+    add_sum(pixels, t.channels, total, [&](int64_t p, int64_t c) {
+      ahead.ask(p, c / V);
+      return load(g + p * gs + c) * load_mask(keep + p * t.channels + c) *
+             load(x + p * b.input_stride + c);
+    });
+    return;
+  }
   if (b.stream < 0) {
     add_sum(pixels, t.channels, total, [&](int64_t p, int64_t c) {
       ahead.ask(p, c / V);

@@ -9,7 +9,8 @@ namespace pdarts {
 namespace PDARTS_VARIANT {
 extern const Variant table;
 const Variant table = {PDARTS_NAME(PDARTS_VARIANT), PDARTS_WIDTH,
-                       {fan_out, mid, affine, mix, reduce, mid_backward, fan_in}};
+                       {fan_out, mid, affine, mix, reduce, mid_backward, fan_in},
+                       draw};
 }  // namespace PDARTS_VARIANT
 
 }  // namespace pdarts

@@ -1,4 +1,4 @@
-"""Running means and variances of a search cell, moved towards those of a batch."""
+"""Running statistics of a cell's BatchNorms, by operators of torch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from . import moments
-from . import plan as plans
-from .cell_operator import whole_cell
+from .interface import WholeCell
+from .plan import Plan
 
 
 @lru_cache(maxsize=256)
@@ -24,25 +24,24 @@ def _bessel(slots: int, counts: tuple[int, int], device: torch.device) -> Tensor
     return factors.to(device)
 
 
-def move_running(
+def move_statistics(
+    plan: Plan,
     running: list[Tensor],
     batches: list[Tensor],
     stats: Tensor,
-    key: str,
     counts: list[int],
-    backend: str = "reference",
+    whole: WholeCell | None = None,
 ) -> None:
     """Moves running means and variances (alternately, by norm) towards those of the batch.
 
     Args:
+        plan: The cell.
         running: ``[C]`` each.
         batches: Counters, int64 scalars.
-        stats: float64 ``[slots + 2, 2, C]`` of ``cell_forward``.
-        key: The plan.
+        stats: float64 ``[slots + 2, 2, C]``: mean and biased variance.
         counts: M of the cell's slots, and of its preprocessed inputs.
-        backend: Whose kernels may do it.
+        whole: What may do it in one call.
     """
-    plan, whole = plans.from_key(key), whole_cell(backend, running[0].dtype)
     if whole is not None and whole.move_running(plan, running, batches, stats, counts):
         return
     factors = _bessel(plan.num_slots, (counts[0], counts[1]), stats.device)
@@ -53,14 +52,3 @@ def move_running(
     picked = [flat[2 * slot + i] for slot in plan.norm_slots for i in (0, 1)]
     torch._foreach_lerp_(running, picked, moments.MOMENTUM)
     torch._foreach_add_(batches, 1)
-
-
-# For traces; eagerly the function itself is twice as fast.
-update_running = torch.library.custom_op(
-    "pdarts_fast::update_running", move_running, mutates_args=("running", "batches")
-)
-
-
-@update_running.register_fake
-def _(running, batches, stats, key, counts, backend="reference"):
-    return None
