@@ -19,13 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import TILE_SCALE, block_channels
+from .common import INTERPRETED, TILE_SCALE
 from .record import search_specialisations
 from .registry import Specialisation, register
 from .sums import ELEMENTS, sum_row
 
-# Rows of the table that the kernel's docstring explains.
-Row = tuple[int, int, int, int, int, int]
+# The interpreter wants few programs.
+_BLOCK_C = 16 if INTERPRETED else 4
 
 
 @triton.jit(do_not_specialize=["parts", "pixels"])
@@ -34,14 +34,15 @@ def _coefficients_kernel(
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr, STORED: tl.constexpr,
     TRAINING: tl.constexpr,
 ):  # fmt: skip
-    """Program: an item. partials [rows, parts, C] float32. STORED: y is stored normalised.
+    """Program (item, block of channels). partials [rows, parts, C] float32. STORED: y is stored
+    normalised.
 
     The table holds the rows of partials that are summed to sum(g) and to sum(g BN(y)), the row in
     norms (-1: skip), the alpha (-1: 1), the row in coef and the alpha that gets a gradient (-1).
-    Parts are read 16 bytes at a time; what follows them are single numbers of C channels.
+    Parts are read 16 bytes at a time; what follows them are single numbers of 4 channels.
     """
     row = table_ptr + tl.program_id(0) * 16
-    c = tl.arange(0, BLOCK_C)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = c < C
     at = tl.load(row + 1).to(tl.int64) * parts * C
     product = sum_row(partials_ptr + at, parts, c, C, BLOCK_C, BLOCK)
@@ -56,8 +57,8 @@ def _coefficients_kernel(
     second = tl.zeros([BLOCK_C], dtype=tl.float64)
     third = tl.zeros([BLOCK_C], dtype=tl.float64)
     if TRAINING:
-        at = tl.load(row).to(tl.int64) * parts * C
-        gradient = sum_row(partials_ptr + at, parts, c, C, BLOCK_C, BLOCK) / pixels
+        first_at = tl.load(row).to(tl.int64) * parts * C
+        gradient = sum_row(partials_ptr + first_at, parts, c, C, BLOCK_C, BLOCK) / pixels
         s = -first * (product / pixels)
         if STORED:
             second = s
@@ -68,8 +69,12 @@ def _coefficients_kernel(
     tl.store(out, first.to(tl.float32), mask=m_c)
     tl.store(out + C, second.to(tl.float32), mask=m_c)
     tl.store(out + 2 * C, third.to(tl.float32), mask=m_c)
-    if to >= 0:
-        tl.store(grad_alphas_ptr + to, tl.sum(product, 0).to(grad_alphas_ptr.dtype.element_ty))
+    if (to >= 0) & (tl.program_id(1) == 0):
+        total = tl.sum(product, 0)
+        for block in range(1, C // BLOCK_C):
+            more = sum_row(partials_ptr + at, parts, c + block * BLOCK_C, C, BLOCK_C, BLOCK)
+            total += tl.sum(more, 0)
+        tl.store(grad_alphas_ptr + to, total.to(grad_alphas_ptr.dtype.element_ty))
 
 
 def coefficients(
@@ -98,10 +103,9 @@ def coefficients(
         stored: Whether y is stored normalised.
     """
     channels = partials.shape[-1]
-    block = block_channels(channels)
-    _coefficients_kernel[(len(table),)](
+    _coefficients_kernel[(len(table), channels // _BLOCK_C)](
         partials, norms, alphas, coef, grad_alphas, table, partials.shape[1], pixels,
-        C=channels, BLOCK_C=block, BLOCK=ELEMENTS // block * TILE_SCALE, STORED=stored,
+        C=channels, BLOCK_C=_BLOCK_C, BLOCK=ELEMENTS // _BLOCK_C * TILE_SCALE, STORED=stored,
         TRAINING=training,
     )  # fmt: skip
 
@@ -115,6 +119,6 @@ register(
     _coefficients_kernel,
     reference="moments.backward_coefficients",
     maths="c0 = f r, c1 = -f r^2 p, c2 = -f r (q + b p)",
-    why="1024 partial sums at a time are 8 a thread of 4 warps; few programs",
+    why="a program for 4 channels, 16 bytes a part: items are few and parts a few hundred",
     specialisations=_specialisations,
 )
