@@ -78,6 +78,8 @@ def _backward(launch: Launch, array: int) -> int:
         more = 0
         if rectified is not launch.values["out_ptr"]:
             more = 2 * rectified.numel() * rectified.element_size()
+        if launch.values["ENTERING"]:
+            more += _whole(launch, "partials_ptr")
         return (slots + _gradients(launch)) * array + written + more
     if name == "transposed":
         count = launch.grid[0]
@@ -97,7 +99,8 @@ def _backward(launch: Launch, array: int) -> int:
         inputs = read * x[0].numel() * x.element_size()
         return (convolutions + _gradients(launch)) * array + inputs + _whole(launch, "partials_ptr")
     if name == "pointwise_backward":
-        return 2 * array + 2 * _whole(launch, "x_ptr")
+        names = ("x_ptr", "x1_ptr")[: launch.grid[2]]
+        return 2 * len(names) * array + 2 * _whole(launch, *names)
     raise ValueError(f"no count of bytes for kernel {name}")
 
 

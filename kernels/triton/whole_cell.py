@@ -20,12 +20,12 @@ from ..interface import Arrays
 from ..plan import Plan
 from . import affine, cell_tables, common, fan_out, mix, preprocess, reduce
 from .cell_tables import CellTables, Rows
-from .coefficients import coefficients
+from .coefficients import Entering, coefficients
 from .fan_in import gather
 from .fold import Norms, fold_norms, given_norms
 from .gradient_rows import device_table
 from .mid_backward import half_gradients
-from .pointwise_backward import pointwise_backward
+from .pointwise_backward import Side, pointwise_backward
 from .running import move_running
 from .weight_gradient import contract, empty_products, weight_products
 from .weight_tasks import Task, make_task, product
@@ -69,8 +69,10 @@ class Steps:
     def gather(self, call: Call, arrays: Arrays, *rest: Any, **options: Any) -> Tensor | None:
         return gather(call, arrays, *rest, **options)
 
-    def pointwise_backward(self, call: Call, arrays: Arrays, *rest: Any) -> None:
-        pointwise_backward(call, arrays, *rest)
+    def pointwise_backward(
+        self, call: Call, arrays: Arrays, sides: list[Side], coef: Tensor
+    ) -> None:
+        pointwise_backward(sides, coef, None)
 
     def weight_products(self, call: Call, arrays: Arrays, task: Task, partials: Tensor) -> None:
         weight_products(call, arrays, task, partials)
@@ -239,9 +241,7 @@ class _Backward(_Pass):
         inputs: list[Tensor | None] = [None, None]
         if sources:
             grads = self._states(sources)
-            for which, state_grad in zip(sources, grads, strict=True):
-                if want_inputs[which]:
-                    inputs[which] = self._preprocess(which, state_grad)
+            inputs = self._preprocess(want_inputs, dict(zip(sources, grads, strict=True)))
             if self.want_weights:
                 self._weights(grads)
         return inputs
@@ -269,14 +269,18 @@ class _Backward(_Pass):
         def of_node() -> Rows:
             return tables.node_coefficients(node, self.training)
 
-        self._coefficients(call, "coefficients", of_node, partials, pixels, False)
         wanted = self.wanted[0] + 2 * self.wanted[1]
         second = self.calls.enter_second[wanted][node]
         if not second.items:
+            self._coefficients(call, "coefficients", of_node, partials, pixels, False)
             return
+        table = self.table(call, "coefficients", of_node)
+        enter = Entering(
+            partials, norms, self.alphas, self.grad_alphas, table, training=self.training
+        )
         partials = self.steps.half_gradients(
-            second, self.arrays, norms, tuple(tables.half_norms(second, self.training)),
-            self.coef, tables.coefficient_rows(second, first=False),
+            second, self.arrays, norms, tuple(tables.half_norms(second, self.training)), self.coef,
+            tuple(call.items.index(item) for item in second.items), enter,
         )  # fmt: skip
 
         def of_halves() -> Rows:
@@ -312,14 +316,25 @@ class _Backward(_Pass):
         self._coefficients(call, "inputs", rows, partials, state[..., 0].numel(), True)
         return out
 
-    def _preprocess(self, which: int, state_grad: Tensor) -> Tensor:
-        """Gradient of a cell input from that of the state made of it."""
-        x, arrays = self.saved.inputs[which], self.input_arrays(which)
-        arrays.grads = [state_grad]
-        row, out = 2 * self.tables.alphas + which, torch.empty_like(x)
-        coef = self.coef[row : row + 1]
-        self.steps.pointwise_backward(self.calls.inputs[which], arrays, x, coef, None, out)
-        return out
+    def _preprocess(
+        self, wanted: tuple[bool, bool], state_grads: dict[int, Tensor]
+    ) -> list[Tensor | None]:
+        """Gradients of the cell's inputs from those of the states made of them."""
+        found: list[Tensor | None] = [None, None]
+        sides = []
+        for which in (0, 1):
+            if wanted[which]:
+                x, arrays = self.saved.inputs[which], self.input_arrays(which)
+                arrays.grads = [state_grads[which]]
+                found[which] = out = torch.empty_like(x)
+                sides.append(Side(self.calls.inputs[which], arrays, x, out))
+        apart = self.plan.reduction_prev
+        for group in [[side] for side in sides] if apart else [sides] * bool(sides):
+            call = group[0].call if len(group) == 1 else self.tables.inputs
+            first = 2 * self.tables.alphas + group[0].call.items[0].source
+            coef = self.coef[first : first + len(group)]
+            self.steps.pointwise_backward(call, group[0].arrays, group, coef)
+        return found
 
     def _weights(self, state_grads: Tensor) -> None:
         """All weight gradients: a launch for inputs of each shape, one for what adds them up."""
