@@ -47,7 +47,7 @@ class CellTables:
         first_place: Slot of the first second half's input in ``Saved.slots``.
         first_kept: First state whose relu is kept in ``Saved.slots``, which a reduction cell's
             inputs are too large for.
-        num_kept: How many arrays are kept behind the slots: inputs of second halves, relu of states.
+        num_kept: Arrays behind the slots: inputs of second halves, then relu of states.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -206,8 +206,9 @@ class CellTables:
         return Call(tuple(small), self.plan.num_ops), Call(tuple(large), self.plan.num_ops)
 
     def products(self, call: Call, offsets: list[int]) -> tuple[Product, ...]:
-        """What ``weight_gradient`` wants to know of one of ``product_calls``: they read what is kept,
-        or the larger states by number.
+        """What ``weight_gradient`` wants to know of one of ``product_calls``.
+
+        They read what is kept, or larger states by number.
         """
         if call not in self._products:
             rows = self.coefficient_rows(call, first=True)

@@ -47,9 +47,9 @@ def _skip(
 
 @triton.jit(do_not_specialize=["pixels", "branches"])
 def _mix_kernel(
-    y_ptr, s0_ptr, s1_ptr, s2_ptr, s3_ptr, s4_ptr, out_ptr, kept_ptr, scale_ptr, shift_ptr, table_ptr,
-    skips_ptr, rate_ptr, state_ptr, y_slot, s0_pixel, s1_pixel, s2_pixel, s3_pixel, s4_pixel,
-    out_pixel, pixels, branches,
+    y_ptr, s0_ptr, s1_ptr, s2_ptr, s3_ptr, s4_ptr, out_ptr, kept_ptr, scale_ptr, shift_ptr,
+    table_ptr, skips_ptr, rate_ptr, state_ptr,
+    y_slot, s0_pixel, s1_pixel, s2_pixel, s3_pixel, s4_pixel, out_pixel, pixels, branches,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, CHANNELS: tl.constexpr,
     SKIPS: tl.constexpr, SHIFTS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip

@@ -46,18 +46,17 @@ def _masked_store(
 
 @triton.jit(do_not_specialize=["pixels", "H", "W", "H_OUT", "W_OUT", "split"])
 def _pointwise_backward_kernel(
-    grad_ptr, grad1_ptr, y_ptr, y1_ptr, x_ptr, x1_ptr, coef_ptr, matrices_ptr, incoming_ptr,
+    grad_ptr, grad1_ptr, y_ptr, y1_ptr, x_ptr, x1_ptr, coef_ptr, matrix_ptr, incoming_ptr,
     out_ptr, out1_ptr,
     grad_pixel, grad1_pixel, y_pixel, y1_pixel, x_pixel, x1_pixel, incoming_pixel,
-    matrix, matrix1, CX, CX1, pixels, H, W, H_OUT, W_OUT, split,
+    further, CX, CX1, pixels, H, W, H_OUT, W_OUT, split,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
     FACTORIZED: tl.constexpr, WIDTH: tl.constexpr, INCOMING: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of output pixels, block of input channels, input): two inputs, or one that may
-    be FACTORIZED, of WIDTH channels then.
+    be FACTORIZED, of WIDTH channels then. further: from the first matrix to the second.
     """
-    matrix_ptr = matrices_ptr + tl.multiple_of(matrix, 16)
     if FACTORIZED:
         CX = WIDTH  # not known when compiled, it takes registers that spill
     else:
@@ -71,14 +70,16 @@ def _pointwise_backward_kernel(
         y_pixel = tl.multiple_of(tl.where(second, y1_pixel, y_pixel), 16)
         x_pixel = tl.multiple_of(tl.where(second, x1_pixel, x_pixel), 16)
         CX = tl.multiple_of(tl.where(second, CX1, CX), 16)
-        matrix_ptr = matrices_ptr + tl.multiple_of(tl.where(second, matrix1, matrix), 16)
+        matrix_ptr += tl.multiple_of(tl.where(second, further, 0), 16)
     c = tl.arange(0, BLOCK_C)
     m_c = c < C
     k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_k = k < CX
     pixel = (tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
-    # Inputs may differ in channels: of the narrower one, blocks behind the last have no pixel.
-    m_p = (pixel < pixels) & (tl.program_id(1) * BLOCK_N < CX)
+    m_p = pixel < pixels
+    if not FACTORIZED:
+        # Inputs may differ in channels: of the narrower one, blocks behind the last have no pixel.
+        m_p = m_p & (tl.program_id(1) * BLOCK_N < CX)
     m = m_p[:, None] & m_c[None, :]
     c0, c1, c2 = load_coefficients(coef_ptr, 0, c, m_c, C)
     y = tl.load(y_ptr + pixel[:, None] * y_pixel + c[None, :], mask=m, other=0.0)
@@ -171,14 +172,14 @@ def pointwise_backward(sides: list[Side], coef: Tensor, incoming: Tensor | None)
     grid = (triton.cdiv(pixels, block_p), triton.cdiv(width, _BLOCK_N), len(sides))
     _pointwise_backward_kernel[grid](
         grad, second[0], y, second[1], x, second[2], coef,
-        packed(arrays.weights, out.dtype).matrices, extra, out, second[3],
+        packed(arrays.weights, out.dtype).matrices[offsets[0] :], extra, out, second[3],
         *(pixel_stride(one) for pair in zip((grad, y, x), second[:3], strict=True) for one in pair),
-        pixel_stride(extra), *offsets, x.shape[-1], last.x.shape[-1],
+        pixel_stride(extra), offsets[1] - offsets[0], x.shape[-1], last.x.shape[-1],
         pixels, *x.shape[1:3], *y.shape[1:3], where.padded[item.pointwise][0],
         C=y.shape[-1], BLOCK_C=block_c, BLOCK_N=_BLOCK_N, BLOCK_P=block_p,
-        FACTORIZED=factorized, WIDTH=x.shape[-1] if factorized else 0, INCOMING=incoming is not None,
-        PRECISION=common.precision(out.dtype), OPERAND=common.operand_dtype(out.dtype),
-        num_warps=4, maxnreg=_REGISTERS,
+        FACTORIZED=factorized, WIDTH=x.shape[-1] if factorized else 0,
+        INCOMING=incoming is not None, PRECISION=common.precision(out.dtype),
+        OPERAND=common.operand_dtype(out.dtype), num_warps=4, maxnreg=_REGISTERS,
     )  # fmt: skip
 
 

@@ -22,24 +22,25 @@ def words(x_ptr, PAIRS: tl.constexpr):
     A shift and a mask widen both of an int32, where the compiler spends an instruction more on
     every second bfloat16 that it unpacks.
     """
+    pointer = x_ptr
     if PAIRS:
-        return x_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-    else:
-        return x_ptr
+        pointer = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    return pointer
 
 
 @triton.jit
 def load_words(x, m, FILL: tl.constexpr):
-    """What ``words`` prepared, fp32 [BLOCK_P, lanes(, 2)]; FILL, 0, 9 or -inf, where m is not set."""
+    """What ``words`` points at, fp32 [BLOCK_P, lanes(, 2)]; FILL, 0, 9 or -inf, without m."""
     if x.dtype.element_ty == tl.int32:
         # Two times the bits of FILL.
         OTHER: tl.constexpr = 0 if FILL == 0.0 else 0x41104110 if FILL == 9.0 else -0x7F0080
         word = tl.load(x, mask=m, other=OTHER)
         low = (word << 16).to(tl.float32, bitcast=True)
         high = (word & -0x10000).to(tl.float32, bitcast=True)
-        return tl.join(low, high)
+        value = tl.join(low, high)
     else:
-        return tl.load(x, mask=m, other=FILL).to(tl.float32)
+        value = tl.load(x, mask=m, other=FILL).to(tl.float32)
+    return value
 
 
 @triton.jit
@@ -57,9 +58,10 @@ def _tap_lanes(taps, LANES: tl.constexpr, BLOCK: tl.constexpr):
     lanes = tl.arange(0, BLOCK)[None, :]
     # Without padding no mask: the predicate would take a register too many.
     if LANES == BLOCK:
-        return tl.load(taps + lanes)
+        tap = tl.load(taps + lanes)
     else:
-        return tl.load(taps + lanes, mask=lanes < LANES, other=0.0)
+        tap = tl.load(taps + lanes, mask=lanes < LANES, other=0.0)
+    return tap
 
 
 @triton.jit
@@ -67,18 +69,20 @@ def load_tap(taps, C: tl.constexpr, BLOCK_C: tl.constexpr, PAIRS: tl.constexpr):
     """Weights of one tap, fp32 [1, lanes(, 2)]; PAIRS: even channels lie before odd ones."""
     if PAIRS:
         low = _tap_lanes(taps, C // 2, BLOCK_C // 2)
-        return tl.join(low, _tap_lanes(taps + C // 2, C // 2, BLOCK_C // 2))
+        tap = tl.join(low, _tap_lanes(taps + C // 2, C // 2, BLOCK_C // 2))
     else:
-        return _tap_lanes(taps, C, BLOCK_C)
+        tap = _tap_lanes(taps, C, BLOCK_C)
+    return tap
 
 
 @triton.jit
 def full(BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, VALUE: tl.constexpr, PAIRS: tl.constexpr):
     """Like what ``load_words`` returns, with one value everywhere."""
     if PAIRS:
-        return tl.full([BLOCK_P, BLOCK_C // 2, 2], VALUE, dtype=tl.float32)
+        value = tl.full([BLOCK_P, BLOCK_C // 2, 2], VALUE, dtype=tl.float32)
     else:
-        return tl.full([BLOCK_P, BLOCK_C], VALUE, dtype=tl.float32)
+        value = tl.full([BLOCK_P, BLOCK_C], VALUE, dtype=tl.float32)
+    return value
 
 
 @triton.jit
@@ -319,7 +323,4 @@ def _share(top, across, H, PAIRS: tl.constexpr):
     """1 / pixels of a window around row ``top`` that lie in the image, [BLOCK_P, 1(, 1)]."""
     down = tl.minimum(top + 2, H) - tl.maximum(top - 1, 0)
     share = 1.0 / tl.maximum(across * down, 1).to(tl.float32)
-    if PAIRS:
-        return share[:, None, None]
-    else:
-        return share[:, None]
+    return share[:, None, None] if PAIRS else share[:, None]

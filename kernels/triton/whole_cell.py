@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import calls as cell_calls
 from ..calls import Call
 from ..cell_pass import Saved
 from ..interface import Arrays
