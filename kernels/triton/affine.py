@@ -1,7 +1,8 @@
 """Normalised arrays: ``out = in * scale + shift`` by channel, rectified or not.
 
-``affine_`` works in place on a preprocessed input. ``rectified`` writes what second halves of
-separable convolutions read: a stencil that normalised on the fly would do so once a tap.
+``affine_`` works in place on a preprocessed input; ``both_affine_`` may keep relu of it, which
+convolutions read. ``rectified`` writes what second halves of separable convolutions read: a stencil
+that normalised on the fly would do so once a tap.
 
 Reference: ``Reference.affine_``, and the first line of ``Reference.mid``.
 """
@@ -27,9 +28,10 @@ def _affine_kernel(
     in_ptr, out_ptr, other_ptr, scale_ptr, shift_ptr, table_ptr, in_pixel, out_pixel, in_slot,
     out_slot, pixels,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, RELU: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, item). RELU: item i reads and writes the slots of table row i; else the second
-    item is ``other``, in place.
+    item is ``other``, in place, and KEEP: relu of item i goes to row i of ``out``.
     """
     item = tl.program_id(1)
     c = tl.arange(0, BLOCK_C)
@@ -39,7 +41,7 @@ def _affine_kernel(
         out_ptr += tl.load(table_ptr + item * 16 + 10).to(tl.int64) * out_slot
     else:
         x_ptr = tl.where(item == 0, in_ptr, other_ptr)
-        out_ptr = tl.where(item == 0, out_ptr, other_ptr)
+        out_ptr += item.to(tl.int64) * out_slot
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     m = (p < pixels)[:, None] & m_c[None, :]
     x = tl.load(x_ptr + p.to(tl.int64)[:, None] * in_pixel + c[None, :], mask=m)
@@ -48,8 +50,13 @@ def _affine_kernel(
     value = x.to(tl.float32) * scale + shift
     if RELU:
         value = tl.maximum(value, 0.0)
-    out = out_ptr + p.to(tl.int64)[:, None] * out_pixel + c[None, :]
-    tl.store(out, value.to(out_ptr.dtype.element_ty), mask=m)
+    value = value.to(out_ptr.dtype.element_ty)
+    if not RELU:
+        tl.store(x_ptr + p.to(tl.int64)[:, None] * in_pixel + c[None, :], value, mask=m)
+        value = tl.maximum(value, 0.0).to(out_ptr.dtype.element_ty)
+    if RELU or KEEP:
+        out = out_ptr + p.to(tl.int64)[:, None] * out_pixel + c[None, :]
+        tl.store(out, value, mask=m)
 
 
 def _launch(
@@ -61,7 +68,8 @@ def _launch(
     table: Tensor,
     grid: tuple[int, int],
     slots: tuple[int, int],
-    relu: bool,
+    relu: bool = False,
+    keep: bool = False,
 ) -> None:
     """``grid``: pixels and items."""
     pixels, items = grid
@@ -76,13 +84,14 @@ def _launch(
         shift,
         table,
         pixel_stride(x[0] if relu else x),
-        pixel_stride(out[0] if relu else out),
+        pixel_stride(out[0] if relu or keep else out),
         *slots,
         pixels,
         C=channels,
         BLOCK_C=block,
         BLOCK_P=rows,
         RELU=relu,
+        KEEP=keep,
         num_warps=_WARPS,
         maxnreg=_REGISTERS,
     )
@@ -90,13 +99,21 @@ def _launch(
 
 def affine_(y: Tensor, scale: Tensor, shift: Tensor) -> None:
     """``y = y * scale + shift`` in place; y ``[N, H, W, C]``, the others float32 ``[C]``."""
-    _launch(y, y, y, scale, shift, scale, (y[..., 0].numel(), 1), (0, 0), relu=False)
+    _launch(y, y, y, scale, shift, scale, (y[..., 0].numel(), 1), (0, 0))
 
 
-def both_affine_(first: Tensor, second: Tensor, scale: Tensor, shift: Tensor) -> None:
-    """``affine_`` of two arrays of the same layout by rows of scale and shift, ``[2, C]``."""
+def both_affine_(
+    first: Tensor, second: Tensor, scale: Tensor, shift: Tensor, kept: Tensor | None
+) -> None:
+    """``affine_`` of two arrays of the same layout by rows of scale and shift, ``[2, C]``.
+
+    Args:
+        kept: Gets relu of both, ``[2, N, H, W, C]``; or None.
+    """
     grid = (first[..., 0].numel(), 2)
-    _launch(first, first, second, scale, shift, scale, grid, (0, 0), relu=False)
+    keep, out = kept is not None, first if kept is None else kept
+    slots = (0, out.stride(0) if keep else 0)
+    _launch(first, out, second, scale, shift, scale, grid, slots, keep=keep)
 
 
 def rectified(y: Tensor, table: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
@@ -117,7 +134,7 @@ def _specialisations() -> list[Specialisation]:
     found = []
     for channels, size in ((16, 32), (32, 16), (64, 8)):
         for storage in gated_storages(channels):
-            for relu in (False, True):
+            for relu, keep in ((False, False), (False, True), (True, False)):
                 pixels, items = 96 * size * size, 8 if relu else 1
                 width = 4 if storage == "fp32" else 2
                 found.append(
@@ -142,13 +159,14 @@ def _specialisations() -> list[Specialisation]:
                             "BLOCK_C": channels,
                             "BLOCK_P": _ELEMENTS // channels,
                             "RELU": relu,
+                            "KEEP": keep,
                         },
                         divisible=("in_pixel", "out_pixel", "in_slot", "out_slot"),
                         num_warps=_WARPS,
                         max_registers=_REGISTERS,
                         programs=triton.cdiv(pixels * channels, _ELEMENTS) * items,
-                        bytes=2 * pixels * channels * width * items,
-                        note="rectified" if relu else "in place",
+                        bytes=(2 + keep) * pixels * channels * width * items,
+                        note="rectified" if relu else "in place" + ", kept" * keep,
                     )
                 )
     return found

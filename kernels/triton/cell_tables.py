@@ -45,6 +45,9 @@ class CellTables:
         second_spans, node_spans: Where their scales lie, by ``sources`` and by node.
         places: How many scales there are.
         first_place: Slot of the first second half's input in ``Saved.slots``.
+        first_kept: First state whose relu is kept in ``Saved.slots``, which a reduction cell's
+            inputs are too large for.
+        num_kept: Arrays behind the slots: inputs of second halves, then relu of states.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -56,6 +59,8 @@ class CellTables:
         self.second = [self.together(self.calls.second, sources) for sources in self.sources]
         self.inputs = self.together(self.calls.inputs, (0, 1))
         self.first_place = plan.num_slots
+        self.first_kept = 2 if plan.reduction else 0
+        self.num_kept = self.calls.num_halves + plan.steps + 1 - self.first_kept
         self.second_spans: list[Span] = []
         self.node_spans: list[Span] = []
         end = 2
@@ -95,6 +100,16 @@ class CellTables:
     def kept(self, call: Call) -> tuple[int, ...]:
         """Where the rectified inputs of a call's second halves are kept, in ``Saved.slots``."""
         return tuple(self.first_place + item.half for item in call.items)
+
+    def kept_state(self, source: int) -> int:
+        """Where relu of a state is kept, in ``Saved.slots``; of a larger one its number."""
+        if source < self.first_kept:
+            return source
+        return self.first_place + self.calls.num_halves + source - self.first_kept
+
+    def kept_states(self, call: Call) -> tuple[int, ...]:
+        """That of the state that each of a call's items leaves."""
+        return tuple(self.kept_state(item.source) for item in call.items)
 
     def coefficient_rows(self, call: Call, first: bool) -> tuple[int, ...]:
         """Rows of a call's items; ``first``: of what leaves a state, where a half is the first."""
@@ -193,18 +208,17 @@ class CellTables:
     def products(self, call: Call, offsets: list[int]) -> tuple[Product, ...]:
         """What ``weight_gradient`` wants to know of one of ``product_calls``.
 
-        First halves read the stack of rectified states of their size, second halves what is kept.
+        They read what is kept, or larger states by number.
         """
         if call not in self._products:
-            first = 2 if self.plan.reduction and call is self.product_calls[0] else 0
             rows = self.coefficient_rows(call, first=True)
             found = []
             for item, row in zip(call.items, rows, strict=True):
                 if item.input >= 0:
                     place, number = self.first_place + item.half, _alpha(call, item)
                 else:
-                    place, number = item.source - first, row
-                found.append(product(item, number, place, offsets, other=item.input >= 0))
+                    place, number = self.kept_state(item.source), row
+                found.append(product(item, number, place, offsets))
             self._products[call] = tuple(found)
         return self._products[call]
 

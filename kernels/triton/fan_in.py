@@ -28,7 +28,7 @@ from .common import block_channels, pixel_stride
 from .dropout import dropout_factor
 from .gradient_rows import device_table, node_gradients, pick_gradient
 from .output_gradient import AVG, MAX, PRODUCT, RECTIFY, output_gradient
-from .pointwise_backward import pointwise_backward
+from .pointwise_backward import Side, pointwise_backward
 from .record import search_specialisations
 from .registry import Specialisation, register
 from .transposed import tiles, transposed
@@ -263,7 +263,7 @@ def fan_in(
         len(call.items) == 1 and len(arrays.grads) == 1
     ):  # fmt: skip
         if out is not None:
-            pointwise_backward(call, arrays, x, coef, incoming, out)
+            pointwise_backward([Side(call, arrays, x, out)], coef, incoming)
         if wanted:
             only = (product(first, 0, 0, arrays.weights.layout.offsets),)
             task = make_task(arrays, only, x[None], coef, rectified=False)

@@ -3,8 +3,9 @@
     y = W (d * relu(x))      or      y = max or mean of a 3x3 window of x
     partial of every tile: count, mean and centred second moment of every channel of y
 
-``fan_out`` reads one state, ``mid`` one rectified array an item. Items of one tile run side by
-side, so that their common input comes from the second-level cache.
+Convolutions of stride 1 read rectified arrays: those of states are written where the states are,
+so no stencil rectifies what it loads ten times. Items of one tile run side by side, so that their
+common input comes from the second-level cache.
 
 Reference: ``Reference.fan_out`` and ``Reference.mid``.
 """
@@ -30,54 +31,56 @@ from .weights import packed
 
 @triton.jit(do_not_specialize=["N", "H", "W", "H_OUT", "W_OUT", "tiles"])
 def _fan_out_kernel(
-    x_ptr, x1_ptr, y_ptr, taps_ptr, matrices_ptr, partials_ptr, table_ptr,
-    x_slot, x_pixel, y_slot, N, H, W, H_OUT, W_OUT, tiles,
+    x_ptr, x1_ptr, stack_ptr, y_ptr, taps_ptr, matrices_ptr, partials_ptr, table_ptr,
+    x_pixel, stack_slot, y_slot, N, H, W, H_OUT, W_OUT, tiles,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SECOND: tl.constexpr, PRECISION: tl.constexpr,
     OPERAND: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Program (item, tile). SECOND: x is a stack of inputs that are rectified already; else x1 is
-    state 1 and x any other.
+    """Program (item, tile). SECOND: of second halves. x1 is state 1, x any other.
+
+    Convolutions of stride 1 read a row of the stack, rectified; all else reads a state.
     """
     item = tl.program_id(0)
     tile = tl.program_id(1)
     row = table_ptr + item * 16
     kind = tl.load(row)
     taps = taps_ptr + tl.multiple_of(tl.load(row + 3), 16)
-    if SECOND:
-        x = x_ptr + tl.load(row + 1).to(tl.int64) * x_slot
+    RELU: tl.constexpr = STRIDE == 2
+    state = tl.where(tl.load(row + 5) == 1, x1_ptr, x_ptr)
+    if RELU:
+        x, pixel = state, x_pixel
     else:
-        x = tl.where(tl.load(row + 5) == 1, x1_ptr, x_ptr)
-    RELU: tl.constexpr = not SECOND
+        x, pixel = stack_ptr + tl.load(row + 1).to(tl.int64) * stack_slot, C
     if kind == 0:
         _convolve(
-            x, y_ptr, taps, row, x_pixel, y_slot, tile, N, H, W, H_OUT, W_OUT,
+            x, y_ptr, taps, row, pixel, y_slot, tile, N, H, W, H_OUT, W_OUT,
             C, BLOCK_C, BLOCK_P, 3, 1, STRIDE, RELU, ROWS,
         )  # fmt: skip
     elif kind == 1:
         _convolve(
-            x, y_ptr, taps, row, x_pixel, y_slot, tile, N, H, W, H_OUT, W_OUT,
+            x, y_ptr, taps, row, pixel, y_slot, tile, N, H, W, H_OUT, W_OUT,
             C, BLOCK_C, BLOCK_P, 5, 1, STRIDE, RELU, ROWS,
         )  # fmt: skip
     if not SECOND:
         if kind == 2:
             _convolve(
-                x, y_ptr, taps, row, x_pixel, y_slot, tile, N, H, W, H_OUT, W_OUT,
+                x, y_ptr, taps, row, pixel, y_slot, tile, N, H, W, H_OUT, W_OUT,
                 C, BLOCK_C, BLOCK_P, 3, 2, STRIDE, RELU, ROWS,
             )  # fmt: skip
         elif kind == 3:
             _convolve(
-                x, y_ptr, taps, row, x_pixel, y_slot, tile, N, H, W, H_OUT, W_OUT,
+                x, y_ptr, taps, row, pixel, y_slot, tile, N, H, W, H_OUT, W_OUT,
                 C, BLOCK_C, BLOCK_P, 5, 2, STRIDE, RELU, ROWS,
             )  # fmt: skip
         elif kind == 4:
             _pool(
-                x, y_ptr, row, x_pixel, y_slot, tile, N, H, W, H_OUT, W_OUT,
+                state, y_ptr, row, x_pixel, y_slot, tile, N, H, W, H_OUT, W_OUT,
                 C, BLOCK_C, BLOCK_P, STRIDE, True, ROWS,
             )  # fmt: skip
         elif kind == 5:
             _pool(
-                x, y_ptr, row, x_pixel, y_slot, tile, N, H, W, H_OUT, W_OUT,
+                state, y_ptr, row, x_pixel, y_slot, tile, N, H, W, H_OUT, W_OUT,
                 C, BLOCK_C, BLOCK_P, STRIDE, False, ROWS,
             )  # fmt: skip
     y = y_ptr + tl.load(row + 2).to(tl.int64) * y_slot
@@ -138,29 +141,28 @@ def count_tiles(shape: torch.Size | tuple[int, ...], block_p: int, rows: int) ->
 def _launch(
     table: Tensor,
     arrays: Arrays,
-    x: Tensor,
+    states: tuple[Tensor, Tensor],
+    stack: Tensor,
     partials: Tensor,
     stride: int,
     second: bool,
-    other: Tensor | None = None,
 ) -> None:
-    image = x[0] if second else x
-    y = arrays.y
+    x, y = states[0], arrays.y
     storage = y.dtype
     weights = packed(arrays.weights, storage)
     channels = y.shape[-1]
     _fan_out_kernel[(len(table), partials.shape[1])](
-        x,
-        x if other is None else other,
+        *states,
+        stack,
         y,
-        weights.taps,
+        weights.pairs,
         weights.matrices,
         partials,
         table,
-        x.stride(0) if second else 0,
-        common.pixel_stride(image),
+        common.pixel_stride(x),
+        stack.stride(0),
         y.stride(0),
-        *image.shape[:3],
+        *x.shape[:3],
         *y.shape[2:4],
         partials.shape[1],
         C=channels,
@@ -184,18 +186,26 @@ def empty_partials(items: int, y: Tensor) -> Tensor:
 
 
 def leaving(
-    call: Call, arrays: Arrays, x: Tensor, partials: Tensor, other: Tensor | None = None
+    call: Call,
+    arrays: Arrays,
+    x: Tensor,
+    partials: Tensor,
+    other: Tensor,
+    places: tuple[int, ...],
+    stack: Tensor,
 ) -> None:
     """Everything that leaves a state, or states 0 and 1, and the moments of tiles.
 
     Args:
         x: The state.
         partials: float32 ``[n, tiles, 3, C]`` of ``empty_partials``, written.
-        other: State 1, if the call has items of two.
+        other: State 1, if the call has items of two, else x.
+        places: With stride 1, where in ``stack`` relu of the state of every item is.
+        stack: ``[.., N, H, W, C]``.
     """
-    stencils = common.table(call, arrays, common.STENCILS)
-    if stencils is not None:
-        _launch(stencils, arrays, x, partials, call.items[0].stride, False, other)
+    table = common.table(call, arrays, common.STENCILS, changed={"input": places})
+    if table is not None:
+        _launch(table, arrays, (x, other), stack, partials, call.items[0].stride, False)
     preprocess.one_by_one(call, arrays, x, partials, other)
 
 
@@ -212,23 +222,25 @@ def second_halves(
 
     Args:
         scale, shift: float32 ``[n, C]``.
-        partials: As for ``leaving``.
+        partials, stack: As for ``leaving``.
         places: Where in ``stack`` the normalised and rectified input of every item goes.
-        stack: ``[.., N, H, W, C]``.
     """
     table = common.table(call, arrays, changed={"out": places})
     assert table is not None
     rectified(arrays.y, table, scale, shift, stack)
     table = common.table(call, arrays, changed={"input": places})
     assert table is not None
-    _launch(table, arrays, stack, partials, 1, second=True)
+    _launch(table, arrays, (stack[0], stack[0]), stack, partials, 1, second=True)
 
 
 def fan_out(call: Call, arrays: Arrays, x: Tensor, sums: Tensor) -> None:
     """``interface.Backend.fan_out``."""
     common.check_storage(arrays.y)
-    partials = empty_partials(len(call.items), arrays.y)
-    leaving(call, arrays, x, partials)
+    items, y = call.items, arrays.y
+    partials = empty_partials(len(items), y)
+    reads = any(item.depthwise >= 0 and item.stride == 1 for item in items)
+    stack = x.relu().contiguous()[None] if reads else y
+    leaving(call, arrays, x, partials, x, (0,) * len(items), stack)
     fold(partials, sums)
 
 
@@ -269,8 +281,8 @@ def _specialisation(
     items = edges * len(taps) + (0 if second else 2)
     pixels, width = 96 * size * size, 4 if data == "fp32" else 2
     read = (edges * len(taps) if second else 1) * stride * stride
-    pointers = ("x_ptr", "x1_ptr", "y_ptr", "matrices_ptr")
-    strides = ("x_slot", "x_pixel", "y_slot")
+    pointers = ("x_ptr", "x1_ptr", "stack_ptr", "y_ptr", "matrices_ptr")
+    strides = ("x_pixel", "stack_slot", "y_slot")
     sizes = ("N", "H", "W", "H_OUT", "W_OUT", "tiles")
     return Specialisation(
         shape=shape,

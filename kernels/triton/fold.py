@@ -27,14 +27,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..moments import EPS
-from .common import TILE_SCALE
+from .common import INTERPRETED, TILE_SCALE
 from .registry import Specialisation, register
 
 MOMENTS, TRAINING, EVALUATION = range(3)
 _MOMENTS: tl.constexpr = tl.constexpr(MOMENTS)
 _EVALUATION: tl.constexpr = tl.constexpr(EVALUATION)
 _EPS: tl.constexpr = tl.constexpr(EPS)
-_BLOCK_C, _BLOCK_T, _WARPS = 16, 32, 4
+# The interpreter wants few programs.
+_BLOCK_C, _BLOCK_T, _WARPS = (16 if INTERPRETED else 4), 128, 4
 
 
 @triton.jit
@@ -68,7 +69,7 @@ def _fold_kernel(
 
     The table holds for every item its row in sums and norms, -1 for a skip, and the first and the
     last but one of the rows that say where its scale and shift go: an alpha, -1 for 1, and a row.
-    Tiles are read 16 bytes at a time; what follows them are single numbers of 16 channels.
+    Tiles are read 16 bytes at a time; what follows them are single numbers of 4 channels.
     """
     item = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]  # [1, BLOCK_C]
@@ -208,6 +209,6 @@ register(
     _fold_kernel,
     reference="Reference._store, moments.normalisation",
     maths="mean, variance of tiles; r, -r mean; alpha r, -alpha r mean",
-    why="512 sums of 4 warps are 4 a thread; a program for 16 channels, since there are few",
+    why="a program for 4 channels, 16 bytes a tile: items are few and tiles a few hundred",
     specialisations=_specialisations,
 )

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..calls import Call
 from ..interface import Arrays
 from . import common
+from .coefficients import Entering
 from .gradient_rows import device_table
 from .output_gradient import PRODUCT, RECTIFY, output_gradient
 from .sums import sum_partials
@@ -32,6 +33,13 @@ def _gradient_rows(
         [PRODUCT, number, item.slot, item.node, -1, offsets[item.pointwise], i, 0, channels]
         for i, (number, item) in enumerate(zip(numbers, call.items, strict=True))
     ]
+
+
+def _entering_rows(
+    call: Call, offsets: list[int], channels: int, places: tuple[int, ...]
+) -> list[list[int]]:
+    rows = _gradient_rows(call, offsets, channels, places)
+    return [[*row, *[0] * 5, place] for row, place in zip(rows, places, strict=True)]
 
 
 def _rectified_rows(call: Call) -> list[list[int]]:
@@ -70,15 +78,17 @@ def half_gradients(
     norms: Tensor,
     rows: tuple[int, ...],
     coef: Tensor,
-    numbers: tuple[int, ...],
+    places: tuple[int, ...],
+    enter: Entering,
 ) -> Tensor:
     """Gradients of first halves' normalised outputs, of no weight: two launches.
 
     Args:
         norms: Scale and shift, float64 ``[.., 2, C]``.
         rows: Rows of norms of what the items read.
-        coef: float32 ``[.., 3, C]``.
-        numbers: Rows of coef of the items.
+        coef: float32 ``[.., 3, C]``, written for everything that enters the node.
+        places: Rows of the items in ``enter.table``.
+        enter: What coefficients are made of.
 
     Returns:
         Of every item parts of the sum of the gradient, and of its product with the normalised
@@ -89,12 +99,12 @@ def half_gradients(
     dz = y.new_empty(len(call.items), *y.shape[1:])
     table = device_table(
         call,
-        ("output_gradient", channels, numbers),
+        ("output_gradient", channels, places),
         y.device,
-        lambda: _gradient_rows(call, offsets, channels, numbers),
+        lambda: _entering_rows(call, offsets, channels, places),
     )
     size = (y.shape[2], y.shape[3])
-    output_gradient(arrays, table, len(table), dz, dz, y[0], size, coef)
+    output_gradient(arrays, table, len(table), dz, dz, y[0], size, coef, enter=enter)
     return _transposed(call, arrays, dz, (norms[:, 0], norms[:, 1]), rows)
 
 

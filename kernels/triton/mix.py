@@ -2,7 +2,8 @@
 
     out = shift + sum of scale y over branches + sum of scale dropout(x) over skips
 
-One pass: every y and x is read once, out is written once. Branches are a loop over a table; skips
+One pass: every y and x is read once, out is written once, and relu of it, which convolutions read,
+for a node that edges leave. Branches are a loop over a table; skips
 are told apart by the state they read, since states are arrays of their own.
 
 Reference: ``Reference.mix``.
@@ -46,13 +47,15 @@ def _skip(
 
 @triton.jit(do_not_specialize=["pixels", "branches"])
 def _mix_kernel(
-    y_ptr, s0_ptr, s1_ptr, s2_ptr, s3_ptr, s4_ptr, out_ptr, scale_ptr, shift_ptr, table_ptr,
-    skips_ptr, rate_ptr, state_ptr, y_slot, s0_pixel, s1_pixel, s2_pixel, s3_pixel, s4_pixel,
-    out_pixel, pixels, branches,
+    y_ptr, s0_ptr, s1_ptr, s2_ptr, s3_ptr, s4_ptr, out_ptr, kept_ptr, scale_ptr, shift_ptr,
+    table_ptr, skips_ptr, rate_ptr, state_ptr,
+    y_slot, s0_pixel, s1_pixel, s2_pixel, s3_pixel, s4_pixel, out_pixel, pixels, branches,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, CHANNELS: tl.constexpr,
-    SKIPS: tl.constexpr, SHIFTS: tl.constexpr,
+    SKIPS: tl.constexpr, SHIFTS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Program: BLOCK_P pixels. SKIPS: whether there may be skips. SHIFTS: one for each item."""
+    """Program: BLOCK_P pixels. SKIPS: whether there may be skips. SHIFTS: one for each item. KEEP:
+    relu of the node goes to ``kept``.
+    """
     c = tl.arange(0, BLOCK_C)
     m_c = c < C
     p = (tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
@@ -90,7 +93,11 @@ def _mix_kernel(
             C, BLOCK_C, CHANNELS,
         )  # fmt: skip
     out = out_ptr + p[:, None] * out_pixel + c[None, :]
-    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=m)
+    stored = total.to(out_ptr.dtype.element_ty)
+    tl.store(out, stored, mask=m)
+    if KEEP:
+        kept = tl.maximum(stored, 0.0).to(kept_ptr.dtype.element_ty)
+        tl.store(kept_ptr + p[:, None] * C + c[None, :], kept, mask=m)
 
 
 _skip_tables: WeakKeyDictionary[Call, dict[tuple[object, ...], Tensor]] = WeakKeyDictionary()
@@ -124,8 +131,15 @@ def skip_table(call: Call, arrays: Arrays) -> Tensor | None:
     return made[key]
 
 
-def mix(call: Call, arrays: Arrays, scale: Tensor, shift: Tensor, out: Tensor) -> None:
-    """``interface.Backend.mix``."""
+def mix(
+    call: Call,
+    arrays: Arrays,
+    scale: Tensor,
+    shift: Tensor,
+    out: Tensor,
+    kept: Tensor | None = None,
+) -> None:
+    """``interface.Backend.mix``; ``kept`` gets relu of the node, ``[N, H, W, C]``."""
     channels = out.shape[-1]
     pixels = out.numel() // channels
     block = block_channels(channels)
@@ -137,6 +151,7 @@ def mix(call: Call, arrays: Arrays, scale: Tensor, shift: Tensor, out: Tensor) -
         arrays.y,
         *states[:MAX_SOURCES],
         out,
+        out if kept is None else kept,
         scale,
         shift,
         shift if table is None else table,
@@ -154,6 +169,7 @@ def mix(call: Call, arrays: Arrays, scale: Tensor, shift: Tensor, out: Tensor) -
         CHANNELS=arrays.channels,
         SKIPS=skips is not None,
         SHIFTS=shift.dim() == 2,
+        KEEP=kept is not None,
         num_warps=_WARPS,
     )
 
@@ -162,10 +178,13 @@ def _specialisations() -> list[Specialisation]:
     found = []
     for channels, size in ((16, 32), (32, 16), (64, 8)):
         for storage in gated_storages(channels):
-            for skips, shifts in ((False, False), (True, False), (True, True)):
+            for skips, shifts, keep in (
+                (False, False, False), (True, False, False), (True, True, False),
+                (True, True, True),
+            ):  # fmt: skip
                 pixels, branches = 96 * size * size, 25
                 width = 4 if storage == "fp32" else 2
-                arrays = 1 + branches + (5 if skips else 0)
+                arrays = 1 + branches + (5 if skips else 0) + keep
                 found.append(
                     Specialisation(
                         shape=(96, size, size, channels),
@@ -178,6 +197,7 @@ def _specialisations() -> list[Specialisation]:
                             "CHANNELS": channels,
                             "SKIPS": skips,
                             "SHIFTS": shifts,
+                            "KEEP": keep,
                         },
                         divisible=("y_slot", *(f"s{i}_pixel" for i in range(5)), "out_pixel"),
                         num_warps=_WARPS,
@@ -185,14 +205,15 @@ def _specialisations() -> list[Specialisation]:
                         bytes=pixels * channels * width * arrays,
                         stencil_flops=2 * pixels * channels * (arrays - 1),
                         trips=branches,
-                        note=("with skips" if skips else "") + (" and shifts" if shifts else ""),
+                        note="with skips" * skips + " and shifts" * shifts + ", kept" * keep,
                     )
                 )
     return found
 
 
 def _signature(storage: str, skips: bool) -> dict[str, str]:
-    data = dict.fromkeys(("y_ptr", *(f"s{i}_ptr" for i in range(5)), "out_ptr"), f"*{storage}")
+    pointers = ("y_ptr", *(f"s{i}_ptr" for i in range(5)), "out_ptr", "kept_ptr")
+    data = dict.fromkeys(pointers, f"*{storage}")
     return data | {
         "scale_ptr": "*fp32",
         "shift_ptr": "*fp32",

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..interface import Arrays
 from . import common
+from .coefficients import Entering, entering, write_entering
 from .common import block_channels, pixel_stride
 from .gradient_rows import load_coefficients, node_gradients, pick_gradient
 from .record import search_specialisations
@@ -33,7 +34,7 @@ _MAX: tl.constexpr = tl.constexpr(MAX)
 # Columns of the table. "begin" and "count": rows with number and node of every edge of a pool.
 COLUMNS = (
     "op", "number", "slot", "node", "half", "matrix", "out", "low", "high", "input", "begin",
-    "count", "arg", "source",
+    "count", "arg", "source", "entering",
 )  # fmt: skip
 
 
@@ -89,18 +90,21 @@ def _largest_tap(
     return arg
 
 
-@triton.jit(do_not_specialize=["pixels", "x_pixels", "H", "W", "H_OUT", "W_OUT"])
+@triton.jit(do_not_specialize=["parts", "count", "pixels", "x_pixels", "H", "W", "H_OUT", "W_OUT"])
 def _output_gradient_kernel(
     g0_ptr, g1_ptr, g2_ptr, g3_ptr, half_ptr, y_ptr, x_ptr, x1_ptr, coef_ptr, scale_ptr, shift_ptr,
     matrices_ptr, out_ptr, rectified_ptr, table_ptr,
+    entering_ptr, partials_ptr, norms_ptr, alphas_ptr, grad_alphas_ptr, parts, count,
     g0_pixel, g1_pixel, g2_pixel, g3_pixel, half_slot, y_slot, x_pixel, rectified_slot,
     pixels, x_pixels, H, W, H_OUT, W_OUT,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STRIDE: tl.constexpr,
     SECOND: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+    ENTERING: tl.constexpr, TRAINING: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Program (row of the table, tile). SECOND: of second halves, whose input is a slot.
 
-    x1 is state 1, x any other.
+    x1 is state 1, x any other. ENTERING: there are no coefficients yet, they are computed and
+    written; rows of products say which of ``count`` rows at ``entering`` is theirs.
     """
     table = table_ptr + tl.program_id(0) * 16
     tile = tl.program_id(1)
@@ -127,7 +131,14 @@ def _output_gradient_kernel(
             tl.load(table + 3), tl.load(table + 4), g0_ptr, g1_ptr, g2_ptr, g3_ptr, half_ptr,
             g0_pixel, g1_pixel, g2_pixel, g3_pixel, half_slot, C,
         )  # fmt: skip
-        c0, c1, c2 = load_coefficients(coef_ptr, number, c, m_c, C)
+        if ENTERING:
+            c0, c1, c2, _ = entering(
+                entering_ptr + tl.load(table + 14) * 16, partials_ptr, norms_ptr, alphas_ptr, parts,
+                pixels, c, m_c, C, PARTS, TRAINING,
+            )  # fmt: skip
+            c0, c1, c2 = c0[None, :], c1[None, :], c2[None, :]
+        else:
+            c0, c1, c2 = load_coefficients(coef_ptr, number, c, m_c, C)
         y = tl.load(y_ptr + slot.to(tl.int64) * y_slot + at, mask=m, other=0.0).to(tl.float32)
         g = tl.load(g_ptr + pixel[:, None] * g_pixel + c[None, :], mask=m, other=0.0)
         dy = g.to(tl.float32) * c0 + (y * c1 + c2)
@@ -166,6 +177,11 @@ def _output_gradient_kernel(
             down = tl.minimum(h + 2, H) - tl.maximum(h - 1, 0)
             total *= (1.0 / (across * down).to(tl.float32))[:, None]
         tl.store(out + at, total.to(STORAGE), mask=m)
+    if ENTERING:
+        write_entering(
+            entering_ptr, count, partials_ptr, norms_ptr, alphas_ptr, coef_ptr, grad_alphas_ptr,
+            parts, pixels, c, m_c, C, PARTS, TRAINING,
+        )  # fmt: skip
 
 
 def output_gradient(
@@ -180,6 +196,7 @@ def output_gradient(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     other: Tensor | None = None,
+    enter: Entering | None = None,
 ) -> None:
     """One launch over the first ``rows`` rows of a table.
 
@@ -189,9 +206,10 @@ def output_gradient(
         rectified: ``[n, N, Hx, Wx, C]``, written where the table asks.
         x: The state, ``[N, Hx, Wx, C]``; of second halves any slot.
         output_size: H and W.
-        coef: float32 ``[items, 3, C]``.
+        coef: float32 ``[items, 3, C]``; with ``enter`` written.
         scale, shift: float32 ``[items, C]`` of what second halves read; else None.
         other: State 1, if the table has rows of two states; like x.
+        enter: What coefficients are made of, if there are none yet.
     """
     channels, pixels = out.shape[-1], out[0, ..., 0].numel()
     height, width = x.shape[1:3]
@@ -200,16 +218,23 @@ def output_gradient(
     grads, strides = node_gradients(arrays)
     halves = out if arrays.half_grads is None else arrays.half_grads
     second = scale is not None
+    warps = 8 if block_c >= 64 and out.element_size() == 4 else 4
+    enters = (coef, coef, coef, coef, coef)
+    if enter is not None:
+        enters = (enter.table, enter.partials, enter.norms, enter.alphas, enter.grad_alphas)
     _output_gradient_kernel[(rows, triton.cdiv(pixels, block_p))](
         *grads, halves, arrays.y, x, x if other is None else other, coef,
         scale if second else coef, shift if second else coef,
         packed(arrays.weights, out.dtype).matrices, out, rectified, table,
+        *enters, enters[1].shape[1], len(enters[0]),
         *strides, halves.stride(0), arrays.y.stride(0), pixel_stride(x), rectified.stride(0),
         pixels, x[..., 0].numel(), height, width, *output_size,
         C=channels, BLOCK_C=block_c, BLOCK_P=block_p,
         STRIDE=1 if output_size == (height, width) else 2, SECOND=second,
         PRECISION=common.precision(out.dtype), OPERAND=common.operand_dtype(out.dtype),
-        num_warps=8 if block_c >= 64 and out.element_size() == 4 else 4,
+        ENTERING=enter is not None, TRAINING=enter is not None and enter.training,
+        # 16 bytes a thread.
+        PARTS=128 * warps // block_c * common.TILE_SCALE, num_warps=warps,
     )  # fmt: skip
 
 

@@ -82,15 +82,16 @@ class Launch:
     def _note(self, constants: dict[str, Any]) -> str:
         marks = {
             "SECOND": "second halves", "INCOMING": "incoming", "FACTORIZED": "factorized",
-            "SUMS": "sums", "STORED": "inputs",
+            "SUMS": "sums", "STORED": "inputs", "ENTERING": "entering",
         }  # fmt: skip
         found = [text for name, text in marks.items() if constants.get(name)]
         if constants.get("STEP", constants.get("C")) != constants.get("C"):
             found.append("norms")
         if constants.get("STRIDE") == 2:
             found.insert(0, "stride 2")
-        if constants.get("CX", constants.get("C")) != constants.get("C"):
-            found.append(f"from {constants['CX']}")
+        width = constants.get("CX", constants.get("WIDTH"))
+        if width and width != constants.get("C"):
+            found.append(f"from {width}")
         return " ".join(found)
 
     def specialisation(self, **extra: Any) -> Specialisation:

@@ -28,7 +28,8 @@ from .sums import sum_partials
 
 _SKIP: tl.constexpr = tl.constexpr(SKIP)
 _ELEMENTS = 2048
-_PROGRAMS = 2048
+# Programs of a call, and sums that a row of them may leave for every program that needs the row.
+_PROGRAMS, _PARTS = 1024, 1024
 
 
 @triton.jit(do_not_specialize=["pixels", "parts"])
@@ -96,9 +97,10 @@ def _reduce_kernel(
     tl.store(out + c, tl.sum(acc, 0), mask=m_c)
 
 
-def _parts(rows: int, pixels: int, block: int) -> int:
+def _parts(rows: int, pixels: int, block: int, channels: int) -> int:
     """Programs a row: enough to fill a large GPU, each with as many tiles as that leaves."""
-    return min(triton.cdiv(pixels, block), max(8, _PROGRAMS // rows))
+    wanted = min(_PARTS // channels, max(16, _PROGRAMS // rows))
+    return min(triton.cdiv(pixels, block), wanted)
 
 
 def partial_sums(
@@ -120,7 +122,7 @@ def partial_sums(
     block_c = block_channels(channels)
     block_p = _ELEMENTS // block_c * common.TILE_SCALE
     rows = 1 + len(call.items)
-    parts = _parts(rows, pixels, block_p)
+    parts = _parts(rows, pixels, block_p, block_c)
     partials = torch.empty(rows, parts, channels, dtype=torch.float32, device=grad.device)
     states, strides = common.states(arrays)
     table = common.table(call, arrays, changed=None if numbers is None else {"number": numbers})

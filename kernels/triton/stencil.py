@@ -16,18 +16,73 @@ import triton.language as tl
 
 
 @triton.jit
+def words(x_ptr, PAIRS: tl.constexpr):
+    """Pointer by which a channels-last array is loaded; PAIRS: of bfloat16, two channels at a time.
+
+    A shift and a mask widen both of an int32, where the compiler spends an instruction more on
+    every second bfloat16 that it unpacks.
+    """
+    pointer = x_ptr
+    if PAIRS:
+        pointer = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    return pointer
+
+
+@triton.jit
+def load_words(x, m, FILL: tl.constexpr):
+    """What ``words`` points at, fp32 [BLOCK_P, lanes(, 2)]; FILL, 0, 9 or -inf, without m."""
+    if x.dtype.element_ty == tl.int32:
+        # Two times the bits of FILL.
+        OTHER: tl.constexpr = 0 if FILL == 0.0 else 0x41104110 if FILL == 9.0 else -0x7F0080
+        word = tl.load(x, mask=m, other=OTHER)
+        low = (word << 16).to(tl.float32, bitcast=True)
+        high = (word & -0x10000).to(tl.float32, bitcast=True)
+        value = tl.join(low, high)
+    else:
+        value = tl.load(x, mask=m, other=FILL).to(tl.float32)
+    return value
+
+
+@triton.jit
 def _load_row(x, row, H, m, RELU: tl.constexpr, FILL: tl.constexpr):
-    """One input row under every column, fp32 [BLOCK_P, BLOCK_C]; FILL outside of the image."""
-    value = tl.load(x, mask=m & ((row >= 0) & (row < H))[:, None], other=FILL).to(tl.float32)
+    """One input row under every column, like ``load_words``; FILL outside of the image."""
+    value = load_words(x, m & ((row >= 0) & (row < H))[:, None], FILL)
     if RELU:
         value = tl.maximum(value, 0.0)
     return value
 
 
 @triton.jit
-def _tap(taps, m_c):
-    """Weights of one tap, fp32 [1, BLOCK_C]."""
-    return tl.load(taps, mask=m_c[None, :], other=0.0).to(tl.float32)
+def _tap_lanes(taps, LANES: tl.constexpr, BLOCK: tl.constexpr):
+    """fp32 [1, BLOCK]."""
+    lanes = tl.arange(0, BLOCK)[None, :]
+    # Without padding no mask: the predicate would take a register too many.
+    if LANES == BLOCK:
+        tap = tl.load(taps + lanes)
+    else:
+        tap = tl.load(taps + lanes, mask=lanes < LANES, other=0.0)
+    return tap
+
+
+@triton.jit
+def load_tap(taps, C: tl.constexpr, BLOCK_C: tl.constexpr, PAIRS: tl.constexpr):
+    """Weights of one tap, fp32 [1, lanes(, 2)]; PAIRS: even channels lie before odd ones."""
+    if PAIRS:
+        low = _tap_lanes(taps, C // 2, BLOCK_C // 2)
+        tap = tl.join(low, _tap_lanes(taps + C // 2, C // 2, BLOCK_C // 2))
+    else:
+        tap = _tap_lanes(taps, C, BLOCK_C)
+    return tap
+
+
+@triton.jit
+def full(BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, VALUE: tl.constexpr, PAIRS: tl.constexpr):
+    """Like what ``load_words`` returns, with one value everywhere."""
+    if PAIRS:
+        value = tl.full([BLOCK_P, BLOCK_C // 2, 2], VALUE, dtype=tl.float32)
+    else:
+        value = tl.full([BLOCK_P, BLOCK_C], VALUE, dtype=tl.float32)
+    return value
 
 
 @triton.jit
@@ -47,7 +102,8 @@ def _columns(p, N, H_OUT, W_OUT, spacing, ROWS: tl.constexpr):
 @triton.jit
 def _write_rows(
     y_ptr, row_ptr, y_slot, z0, z1, z2, z3, tile, N, H_OUT, W_OUT, c, m_c,
-    C: tl.constexpr, BLOCK_P: tl.constexpr, SPACING: tl.constexpr, ROWS: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, SPACING: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """Stores the rows of a group, rounded to storage.
 
@@ -65,9 +121,11 @@ def _write_rows(
     y = y_ptr + base[:, None] + c[None, :]
     m = (n < N)[:, None] & m_c[None, :]
     STORAGE: tl.constexpr = y_ptr.dtype.element_ty
+    z0, z1 = tl.reshape(z0, [BLOCK_P, BLOCK_C]), tl.reshape(z1, [BLOCK_P, BLOCK_C])
     tl.store(y, z0.to(STORAGE), mask=m & (first < H_OUT)[:, None])
     tl.store(y + step, z1.to(STORAGE), mask=m & (first + SPACING < H_OUT)[:, None])
     if ROWS == 4:
+        z2, z3 = tl.reshape(z2, [BLOCK_P, BLOCK_C]), tl.reshape(z3, [BLOCK_P, BLOCK_C])
         tl.store(y + 2 * step, z2.to(STORAGE), mask=m & (first + 2 * SPACING < H_OUT)[:, None])
         tl.store(y + 3 * step, z3.to(STORAGE), mask=m & (first + 3 * SPACING < H_OUT)[:, None])
 
@@ -145,26 +203,31 @@ def _convolve(
     n, first, w = _columns(p, N, H_OUT, W_OUT, SPACING, ROWS)
     top = first * STRIDE - PAD
     start = (n.to(tl.int64) * H + top) * W * x_pixel
-    step = W * x_pixel * UNIT
-    z0 = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
-    z1 = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
-    z2 = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
-    z3 = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
+    PAIRS: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
+    SHIFT: tl.constexpr = 1 if PAIRS else 0
+    source = words(x_ptr, PAIRS)
+    lanes = tl.arange(0, BLOCK_C >> SHIFT)[None, :]
+    m_lanes = lanes < (C >> SHIFT)
+    step = (W * x_pixel * UNIT) >> SHIFT
+    z0 = full(BLOCK_P, BLOCK_C, 0.0, PAIRS)
+    z1 = full(BLOCK_P, BLOCK_C, 0.0, PAIRS)
+    z2 = full(BLOCK_P, BLOCK_C, 0.0, PAIRS)
+    z3 = full(BLOCK_P, BLOCK_C, 0.0, PAIRS)
     for j in range(K):
         col = w * STRIDE + j * D - PAD
-        m = ((col >= 0) & (col < W) & (n < N))[:, None] & m_c[None, :]
-        column = x_ptr + (start + col * x_pixel)[:, None] + c[None, :]
-        taps = taps_ptr + j * C + c[None, :]  # [1, BLOCK_C]
+        m = ((col >= 0) & (col < W) & (n < N))[:, None] & m_lanes
+        column = source + ((start + col * x_pixel) >> SHIFT)[:, None] + lanes
+        taps = taps_ptr + j * C
         for r in tl.static_range((ROWS - 1) * STEP + K):
             x = _load_row(column + r * step, top + r * UNIT, H, m, RELU, 0.0)
             if r < K:
-                z0 += x * _tap(taps + r * K * C, m_c)
+                z0 += x * load_tap(taps + r * K * C, C, BLOCK_C, PAIRS)
             if r >= STEP and r - STEP < K:
-                z1 += x * _tap(taps + (r - STEP) * K * C, m_c)
+                z1 += x * load_tap(taps + (r - STEP) * K * C, C, BLOCK_C, PAIRS)
             if ROWS == 4 and r >= 2 * STEP and r - 2 * STEP < K:
-                z2 += x * _tap(taps + (r - 2 * STEP) * K * C, m_c)
+                z2 += x * load_tap(taps + (r - 2 * STEP) * K * C, C, BLOCK_C, PAIRS)
             if ROWS == 4 and r >= 3 * STEP and r - 3 * STEP < K:
-                z3 += x * _tap(taps + (r - 3 * STEP) * K * C, m_c)
+                z3 += x * load_tap(taps + (r - 3 * STEP) * K * C, C, BLOCK_C, PAIRS)
     _write_rows(
         y_ptr,
         row_ptr,
@@ -180,6 +243,7 @@ def _convolve(
         c,
         m_c,
         C,
+        BLOCK_C,
         BLOCK_P,
         SPACING,
         ROWS,
@@ -199,15 +263,20 @@ def _pool(
     n, first, w = _columns(p, N, H_OUT, W_OUT, 1, ROWS)
     top = first * STRIDE - 1
     start = (n.to(tl.int64) * H + top) * W * x_pixel
-    step = W * x_pixel
-    y0 = tl.full([BLOCK_P, BLOCK_C], FILL, dtype=tl.float32)
-    y1 = tl.full([BLOCK_P, BLOCK_C], FILL, dtype=tl.float32)
-    y2 = tl.full([BLOCK_P, BLOCK_C], FILL, dtype=tl.float32)
-    y3 = tl.full([BLOCK_P, BLOCK_C], FILL, dtype=tl.float32)
+    PAIRS: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
+    SHIFT: tl.constexpr = 1 if PAIRS else 0
+    source = words(x_ptr, PAIRS)
+    lanes = tl.arange(0, BLOCK_C >> SHIFT)[None, :]
+    m_lanes = lanes < (C >> SHIFT)
+    step = (W * x_pixel) >> SHIFT
+    y0 = full(BLOCK_P, BLOCK_C, FILL, PAIRS)
+    y1 = full(BLOCK_P, BLOCK_C, FILL, PAIRS)
+    y2 = full(BLOCK_P, BLOCK_C, FILL, PAIRS)
+    y3 = full(BLOCK_P, BLOCK_C, FILL, PAIRS)
     for j in range(3):
         col = w * STRIDE + j - 1
-        m = ((col >= 0) & (col < W) & (n < N))[:, None] & m_c[None, :]
-        column = x_ptr + (start + col * x_pixel)[:, None] + c[None, :]
+        m = ((col >= 0) & (col < W) & (n < N))[:, None] & m_lanes
+        column = source + ((start + col * x_pixel) >> SHIFT)[:, None] + lanes
         for r in tl.static_range((ROWS - 1) * STRIDE + 3):
             x = _load_row(column + r * step, top + r, H, m, False, FILL)
             if r < 3:
@@ -223,10 +292,10 @@ def _pool(
         n, first, w = _columns(p, N, H_OUT, W_OUT, 1, ROWS)
         left = w * STRIDE
         across = tl.minimum(left + 2, W) - tl.maximum(left - 1, 0)
-        y0 *= _share(first * STRIDE, across, H)[:, None]
-        y1 *= _share((first + 1) * STRIDE, across, H)[:, None]
-        y2 *= _share((first + 2) * STRIDE, across, H)[:, None]
-        y3 *= _share((first + 3) * STRIDE, across, H)[:, None]
+        y0 *= _share(first * STRIDE, across, H, PAIRS)
+        y1 *= _share((first + 1) * STRIDE, across, H, PAIRS)
+        y2 *= _share((first + 2) * STRIDE, across, H, PAIRS)
+        y3 *= _share((first + 3) * STRIDE, across, H, PAIRS)
     _write_rows(
         y_ptr,
         row_ptr,
@@ -242,6 +311,7 @@ def _pool(
         c,
         m_c,
         C,
+        BLOCK_C,
         BLOCK_P,
         1,
         ROWS,
@@ -249,7 +319,8 @@ def _pool(
 
 
 @triton.jit
-def _share(top, across, H):
-    """1 / pixels of a window around row ``top`` that lie in the image."""
+def _share(top, across, H, PAIRS: tl.constexpr):
+    """1 / pixels of a window around row ``top`` that lie in the image, [BLOCK_P, 1(, 1)]."""
     down = tl.minimum(top + 2, H) - tl.maximum(top - 1, 0)
-    return 1.0 / tl.maximum(across * down, 1).to(tl.float32)
+    share = 1.0 / tl.maximum(across * down, 1).to(tl.float32)
+    return share[:, None, None] if PAIRS else share[:, None]

@@ -44,8 +44,14 @@ def _gradients(launch: Launch) -> int:
 def _forward(launch: Launch, array: int) -> int | None:
     name, items = launch.name, [] if launch.call is None else launch.call.items
     if name == "fan_out":
-        read = len(items) * array if launch.values["SECOND"] else _states(launch)
-        return read + _whole(launch, "partials_ptr") + len(items) * array
+        stencils = [item for item in items if item.kind != plan.FACTORIZED]
+        written = _whole(launch, "partials_ptr") + len(stencils) * array
+        if launch.values["SECOND"]:
+            return len(stencils) * array + written
+        if launch.values["STRIDE"] == 2:
+            return _states(launch) + written
+        # States for pools, relu of them for convolutions.
+        return len({(item.source, item.kind == plan.CONV) for item in stencils}) * array + written
     if name == "one_by_one":
         return (
             _states(launch)
@@ -53,9 +59,9 @@ def _forward(launch: Launch, array: int) -> int | None:
             + array * sum(item.kind in (plan.FACTORIZED, plan.POINTWISE) for item in items)
         )
     if name == "affine":
-        return 2 * array * max(1, len(items))
+        return (2 + launch.values["KEEP"]) * array * max(1, len(items))
     if name == "mix":
-        return (1 + len(items)) * array
+        return (1 + len(items) + launch.values["KEEP"]) * array
     return None
 
 
@@ -72,6 +78,8 @@ def _backward(launch: Launch, array: int) -> int:
         more = 0
         if rectified is not launch.values["out_ptr"]:
             more = 2 * rectified.numel() * rectified.element_size()
+        if launch.values["ENTERING"]:
+            more += _whole(launch, "partials_ptr")
         return (slots + _gradients(launch)) * array + written + more
     if name == "transposed":
         count = launch.grid[0]
@@ -86,15 +94,13 @@ def _backward(launch: Launch, array: int) -> int:
         incoming = launch.values["INCOMING"] * _whole(launch, "out_ptr")
         return read + incoming + (skips + reduces) * array
     if name == "weight_products":
-        kept = (
-            0
-            if launch.values["v_ptr"] is launch.values["x_ptr"]
-            else sum(item.input >= 0 for item in items)
-        )
-        arrays = (convolutions + kept + _gradients(launch)) * array
-        return arrays + _whole(launch, "x_ptr", "partials_ptr")
+        x = launch.values["x_ptr"]
+        read = len({(item.source, item.input) for item in items if item.pointwise >= 0})
+        inputs = read * x[0].numel() * x.element_size()
+        return (convolutions + _gradients(launch)) * array + inputs + _whole(launch, "partials_ptr")
     if name == "pointwise_backward":
-        return 2 * array + 2 * _whole(launch, "x_ptr")
+        names = ("x_ptr", "x1_ptr")[: launch.grid[2]]
+        return 2 * len(names) * array + 2 * _whole(launch, *names)
     raise ValueError(f"no count of bytes for kernel {name}")
 
 
@@ -107,7 +113,9 @@ def traffic(launch: Launch) -> int:
     if launch.name in ("fold", "sum_partials", "coefficients", "weight_gradients"):
         return _whole(launch, "partials_ptr")
     if launch.name == "pack_weights":
-        return _whole(launch, "flat_ptr", "index_ptr", "taps_ptr", "matrices_ptr")
+        paired = ["pairs_ptr"] * launch.values["PAIRS"]
+        read = _whole(launch, "flat_ptr") + _whole(launch, "index_ptr") // (2 - len(paired))
+        return read + _whole(launch, "taps_ptr", *paired, "matrices_ptr")
     if launch.name == "running":
         return launch.programs * (launch.values["channels"] * 32 + 48)
     array = _array(launch)

@@ -25,6 +25,7 @@ from . import common
 from .common import block_channels
 from .record import search_specialisations
 from .registry import Specialisation, register
+from .stencil import full, load_tap, load_words, words
 from .weights import packed
 
 _ELEMENTS = 1024
@@ -35,15 +36,14 @@ _ARG: tl.constexpr = tl.constexpr(ARG)
 
 
 @triton.jit
-def _term(a, dz, tap, want, taps, i, m_c, C: tl.constexpr, K: tl.constexpr, HOW: tl.constexpr):
+def _term(
+    a, dz, tap, want, taps, i, C: tl.constexpr, BLOCK_C: tl.constexpr, K: tl.constexpr,
+    HOW: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
     """Adds what row i of the taps, if there is one, makes of dz."""
     if i >= 0 and i < K:
         if HOW == _TAPS:
-            # Without padding no mask: the predicate would take a register too many.
-            if m_c.shape[0] == C:
-                a += dz * tl.load(taps + i * K * C)
-            else:
-                a += dz * tl.load(taps + i * K * C, mask=m_c[None, :], other=0.0)
+            a += dz * load_tap(taps + i * K * C, C, BLOCK_C, PAIRS)
         elif HOW == _ARG:
             a += tl.where(tap == want, dz, 0.0)
         else:
@@ -57,7 +57,7 @@ def _transpose(
     c, m_c, C: tl.constexpr, K: tl.constexpr, D: tl.constexpr, STRIDE: tl.constexpr,
     HOW: tl.constexpr, PAUSE: tl.constexpr,
 ):  # fmt: skip
-    """Adds one item to four rows of sums, D apart, fp32 [BLOCK_P, BLOCK_C] each.
+    """Adds one item to four rows of sums, D apart, fp32 like what ``load_words`` returns.
 
     Row ``base + UNIT s`` of dz reaches row k of the sums by tap ``k + LEAD - HALF s``. PAUSE:
     whether a barrier keeps the loads of eight rows apart, which makes or breaks 128 registers.
@@ -76,23 +76,30 @@ def _transpose(
         inside = inside & (first % 2 == 0)
         end = tl.where(parity == 0, K, 0)
     start = (image + (base + FIRST * UNIT) * W_OUT) * C
-    step = W_OUT * (UNIT * C)
+    # Sums of several items spilled 8 to 16 bytes in pairs.
+    PAIRS: tl.constexpr = dz_ptr.dtype.element_ty == tl.bfloat16 and not PAUSE
+    SHIFT: tl.constexpr = 1 if PAIRS else 0
+    source = words(dz_ptr, PAIRS)
+    args = words(dz_ptr + arg_slot, PAIRS)
+    lanes = tl.arange(0, c.shape[0] >> SHIFT)[None, :]
+    m_lanes = lanes < (C >> SHIFT)
+    step = W_OUT * (UNIT * C >> SHIFT)
     for j in range((parity + PAD) % HALF, end, HALF):
         shifted = w + PAD - j * D
         col = shifted >> (STRIDE - 1)
         m_col = (inside & (shifted >= 0) & (col < W_OUT))[:, None]
-        if m_c.shape[0] != C:
-            m_col = m_col & m_c[None, :]
-        at = (start + col * C)[:, None] + c[None, :]
-        taps = taps_ptr + j * C + c[None, :]
+        if c.shape[0] != C:
+            m_col = m_col & m_lanes
+        at = ((start + col * C) >> SHIFT)[:, None] + lanes
+        taps = taps_ptr + j * C
         if HOW == _ARG and NARROW:
             # Rows without a tap match none of 0..8. A loop at run time: unrolled it spills.
             for s in range(FIRST, LAST + 1):
                 row = base + s * UNIT
                 m = m_col & ((row >= 0) & (row < H_OUT))[:, None]
-                tap = tl.load(dz_ptr + arg_slot + at + (s - FIRST) * step, mask=m, other=9.0)
-                dz = tl.load(dz_ptr + at + (s - FIRST) * step, mask=m, other=0.0).to(tl.float32)
-                tap = tap.to(tl.float32) - ((LEAD - HALF * s) * K + j) * 1.0
+                tap = load_words(args + at + (s - FIRST) * step, m, 9.0)
+                dz = load_words(source + at + (s - FIRST) * step, m, 0.0)
+                tap = tap - ((LEAD - HALF * s) * K + j) * 1.0
                 a0 += tl.where(tap == 0.0, dz, 0.0)
                 a1 += tl.where(tap == 1.0 * K, dz, 0.0)
                 a2 += tl.where(tap == 2.0 * K, dz, 0.0)
@@ -103,15 +110,27 @@ def _transpose(
                     tl.debug_barrier()
                 row = base + s * UNIT
                 m = m_col & ((row >= 0) & (row < H_OUT))[:, None]
-                dz = tl.load(dz_ptr + at + (s - FIRST) * step, mask=m, other=0.0).to(tl.float32)
+                dz = load_words(source + at + (s - FIRST) * step, m, 0.0)
                 tap = dz
                 if HOW == _ARG:
-                    tap = tl.load(dz_ptr + arg_slot + at + (s - FIRST) * step, mask=m, other=9.0)
-                    tap = tap.to(tl.float32) - ((LEAD - HALF * s) * K + j) * 1.0
-                a0 = _term(a0, dz, tap, 0.0, taps, LEAD - HALF * s, m_c, C, K, HOW)
-                a1 = _term(a1, dz, tap, 1.0 * K, taps, LEAD + 1 - HALF * s, m_c, C, K, HOW)
-                a2 = _term(a2, dz, tap, 2.0 * K, taps, LEAD + 2 - HALF * s, m_c, C, K, HOW)
-                a3 = _term(a3, dz, tap, 3.0 * K, taps, LEAD + 3 - HALF * s, m_c, C, K, HOW)
+                    tap = load_words(args + at + (s - FIRST) * step, m, 9.0)
+                    tap = tap - ((LEAD - HALF * s) * K + j) * 1.0
+                a0 = _term(
+                    a0, dz, tap, 0.0, taps, LEAD - HALF * s,
+                    C, c.shape[0], K, HOW, PAIRS,
+                )  # fmt: skip
+                a1 = _term(
+                    a1, dz, tap, 1.0 * K, taps, LEAD + 1 - HALF * s,
+                    C, c.shape[0], K, HOW, PAIRS,
+                )  # fmt: skip
+                a2 = _term(
+                    a2, dz, tap, 2.0 * K, taps, LEAD + 2 - HALF * s,
+                    C, c.shape[0], K, HOW, PAIRS,
+                )  # fmt: skip
+                a3 = _term(
+                    a3, dz, tap, 3.0 * K, taps, LEAD + 3 - HALF * s,
+                    C, c.shape[0], K, HOW, PAIRS,
+                )  # fmt: skip
     return a0, a1, a2, a3
 
 
@@ -164,10 +183,11 @@ def _transposed_kernel(
     n = p // (across * down)
     inside = (n < N) & (w < W)
     image = n * (H_OUT * W_OUT)
-    a0 = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
-    a1 = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
-    a2 = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
-    a3 = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
+    PAIRS: tl.constexpr = SECOND and dz_ptr.dtype.element_ty == tl.bfloat16
+    a0 = full(BLOCK_P, BLOCK_C, 0.0, PAIRS)
+    a1 = full(BLOCK_P, BLOCK_C, 0.0, PAIRS)
+    a2 = full(BLOCK_P, BLOCK_C, 0.0, PAIRS)
+    a3 = full(BLOCK_P, BLOCK_C, 0.0, PAIRS)
     for item in range(begin, end):
         row = table_ptr + item * 16
         kind = tl.load(row)
@@ -204,6 +224,8 @@ def _transposed_kernel(
                     a0, a1, a2, a3, dz, dz_slot, taps, image, first, w, parity, inside, H_OUT,
                     W_OUT, c, m_c, C, 3, 1, STRIDE, 1, not SECOND,
                 )  # fmt: skip
+    a0, a1 = tl.reshape(a0, [BLOCK_P, BLOCK_C]), tl.reshape(a1, [BLOCK_P, BLOCK_C])
+    a2, a3 = tl.reshape(a2, [BLOCK_P, BLOCK_C]), tl.reshape(a3, [BLOCK_P, BLOCK_C])
     pixel = (n * H + first) * W + w
     m0 = inside & (first < H)
     m1 = inside & (first + spacing < H)
@@ -248,11 +270,11 @@ def _warps(element: int) -> int:
 def _registers(storage: torch.dtype, stride: int, second: bool, ampere: bool) -> int | None:
     """Most registers of a thread, by what the assembler fits without a spill.
 
-    With 128 throughout, float32 spilled 16 bytes on sm_80, second halves 8 on sm_100, and float16
-    8 on sm_80, where it takes 112 if it may take any number; on sm_90 it would take 190.
+    With 128 throughout, float32 spilled 16 bytes on sm_80, its second halves 8 on sm_100, and
+    float16 8 on sm_80, where it takes 112 if it may take any number; on sm_90 it would take 190.
     """
     if second:
-        return 124
+        return 128 if storage == torch.bfloat16 else 124
     if storage == torch.float32:
         return 112
     return None if storage == torch.float16 and stride == 1 and ampere else 128
@@ -307,7 +329,8 @@ def transposed(
     weights = packed(arrays.weights, out.dtype)
     ampere = out.is_cuda and torch.cuda.get_device_capability(out.device)[0] == 8
     _transposed_kernel[(count, programs)](
-        dz, weights.taps, arrays.y, *(second or (weights.taps, weights.taps)), out,
+        dz, weights.taps if second is None else weights.pairs, arrays.y,
+        *(second or (weights.taps, weights.taps)), out,
         weights.taps if partials is None else partials, groups, table,
         dz.stride(0), arrays.y.stride(0), out.stride(0), images, height, width, *dz.shape[2:4],
         C=channels, BLOCK_C=block_c, BLOCK_P=_columns(channels), STRIDE=stride,

@@ -42,17 +42,14 @@ _REGISTERS = 128
 
 @triton.jit(do_not_specialize=["N", "H", "W", "H_OUT", "W_OUT", "image_tiles", "chunk"])
 def _weight_products_kernel(
-    g0_ptr, g1_ptr, g2_ptr, g3_ptr, half_ptr, y_ptr, x_ptr, v_ptr, coef_ptr, partials_ptr,
-    table_ptr, g0_pixel, g1_pixel, g2_pixel, g3_pixel, half_slot, y_slot, x_slot, x_pixel,
+    g0_ptr, g1_ptr, g2_ptr, g3_ptr, half_ptr, y_ptr, x_ptr, coef_ptr, partials_ptr, table_ptr,
+    g0_pixel, g1_pixel, g2_pixel, g3_pixel, half_slot, y_slot, x_slot, x_pixel,
     N, H, W, H_OUT, W_OUT, image_tiles, chunk,
     C: tl.constexpr, BLOCK_N: tl.constexpr, CX: tl.constexpr, CB: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, STRIDE: tl.constexpr, RELU: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Program (row of the table, part, block of o). RELU: x is not rectified yet.
-
-    Second halves may read rows of v, another stack of arrays of the same shape.
-    """
+    """Program (row of the table, part, block of o). RELU: x is not rectified yet."""
     table = table_ptr + tl.program_id(0) * 16
     part = tl.program_id(1)
     kernel, dilation, pad = tl.load(table + 5), tl.load(table + 6), tl.load(table + 7)
@@ -66,8 +63,7 @@ def _weight_products_kernel(
     col = (p % W_OUT * STRIDE)[:, None] + (place % kernel * dilation - pad)[None, :]
     m_k = (tap < tl.load(table + 9)) & (channel < CX)
     m_x = (row >= 0) & (row < H) & (col >= 0) & (col < W) & m_p[:, None] & m_k[None, :]
-    x = tl.where(tl.load(table + 13) == 0, x_ptr, v_ptr)
-    x += tl.load(table + 4).to(tl.int64) * x_slot
+    x = x_ptr + tl.load(table + 4).to(tl.int64) * x_slot
     x += (row * W + col) * x_pixel + channel[None, :]  # [BLOCK_P, BLOCK_K]
     c = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_c = c < C
@@ -114,17 +110,17 @@ def _weight_gradients_kernel(
     taps = tl.where(tl.program_id(1) * BLOCK_X < width, tl.load(table + 1), 0)
     is_depthwise = tl.load(table + 2) != 0
     depthwise, pointwise = tl.load(table + 3), tl.load(table + 4)
-    place = pointwise + o[None, :] * width + channel[:, None]  # [BLOCK_X, BLOCK_C]
-    weight = tl.load(matrices_ptr + place, mask=m, other=0.0).to(tl.float32)
+    at = pointwise + o[None, :] * width + channel[:, None]  # [BLOCK_X, BLOCK_C]
+    weight = tl.load(matrices_ptr + at, mask=m, other=0.0).to(tl.float32)
     dw = tl.zeros([BLOCK_X, BLOCK_C], dtype=tl.float32)
     for tap in range(taps):
         row = tl.load(table).to(tl.int64) + (tap * width + channel) * parts
         acc = tl.zeros([BLOCK_X, BLOCK, BLOCK_C], dtype=tl.float32)
         for first in range(0, parts, BLOCK):
             part = first + b
-            at = (row[:, None] + part[None, :])[:, :, None] * C + o[None, None, :]
+            vector = (row[:, None] + part[None, :])[:, :, None]
             m_part = (part < parts)[None, :, None] & m[:, None, :]
-            acc += tl.load(partials_ptr + at, mask=m_part, other=0.0)
+            acc += tl.load(partials_ptr + vector * C + o[None, None, :], mask=m_part, other=0.0)
         q = tl.sum(acc, 1)
         if is_depthwise:
             to = depthwise + channel * taps + tap
@@ -133,7 +129,7 @@ def _weight_gradients_kernel(
             dw += q * scale[:, None]
         else:
             dw += tl.where(((o < split) == (tap == 0))[None, :], q, 0.0)
-    tl.store(grad_ptr + place, dw, mask=m)
+    tl.store(grad_ptr + at, dw, mask=m)
 
 
 def weight_products(call: Call, arrays: Arrays, task: Task, partials: Tensor) -> None:
@@ -148,8 +144,7 @@ def weight_products(call: Call, arrays: Arrays, task: Task, partials: Tensor) ->
     halves = arrays.y if arrays.half_grads is None else arrays.half_grads
     output_size, storage = arrays.y.shape[2:4], inputs.dtype
     _weight_products_kernel[(len(table), task.parts, triton.cdiv(channels, chosen.block_n))](
-        *grads, halves, arrays.y, inputs, inputs if task.other is None else task.other, coef,
-        partials, table,
+        *grads, halves, arrays.y, inputs, coef, partials, table,
         *strides, halves.stride(0), arrays.y.stride(0), inputs.stride(0), pixel_stride(inputs[0]),
         images, height, across, *output_size, task.image_tiles, task.chunk,
         C=channels, BLOCK_N=chosen.block_n, CX=width,

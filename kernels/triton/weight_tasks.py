@@ -29,7 +29,6 @@ class Product:
         kernel, dilation, pad: Of the depthwise convolution; 1 or 2, 1, 0 without one.
         taps: How many; the place of tap t in its kernel is ``t * spread``.
         depthwise, pointwise: Offsets into the flat weights, -1 for none.
-        other: Whether it reads the other stack.
     """
 
     number: int
@@ -44,19 +43,15 @@ class Product:
     spread: int
     depthwise: int
     pointwise: int
-    other: bool
 
 
-def product(
-    item: Item, number: int, source: int, offsets: list[int], other: bool = False
-) -> Product:
+def product(item: Item, number: int, source: int, offsets: list[int]) -> Product:
     """What ``weight_gradients`` wants to know of an item with weights that reads row ``source``.
 
     A factorized reduce has taps (0, 0) and (1, 1): places 0 and 3 of a 2x2 kernel.
 
     Args:
         number: Row of coefficients.
-        other: Whether it reads the other stack.
     """
     kernel, dilation, pad, taps, spread = item.kernel, item.dilation, item.padding, 0, 1
     if item.kind == plan.CONV:
@@ -68,7 +63,7 @@ def product(
     depthwise = offsets[item.depthwise] if item.depthwise >= 0 else -1
     where = (number, item.slot, item.node, item.half if item.input < 0 else -1, source)
     geometry = (kernel, dilation, pad, taps, spread)
-    return Product(*where, *geometry, depthwise, offsets[item.pointwise], other)
+    return Product(*where, *geometry, depthwise, offsets[item.pointwise])
 
 
 @dataclass(frozen=True)
@@ -117,7 +112,7 @@ def product_rows(products: tuple[Product, ...], width: int, block_k: int) -> lis
                 rows.append([
                     item.number, item.slot, item.node, item.half, item.input, item.kernel,
                     item.dilation, item.pad, tap, item.taps, channel,
-                    base + tap * width + channel, item.spread, int(item.other),
+                    base + tap * width + channel, item.spread,
                 ])  # fmt: skip
         base += item.taps * width
     return rows
@@ -137,7 +132,6 @@ class Task:
     Attributes:
         products: The items; the same for every task of the call.
         inputs: What they read, ``[n, N, H, W, Cx]``.
-        other: What those read that are marked so, ``[.., N, H, W, Cx]``; None if there are none.
         coef: float32 ``[rows, 3, C]``.
         rectified: Whether the inputs have been through the ReLU.
         settings: Tile.
@@ -147,7 +141,6 @@ class Task:
 
     products: tuple[Product, ...]
     inputs: Tensor
-    other: Tensor | None
     coef: Tensor
     rectified: bool
     settings: Settings
@@ -183,7 +176,6 @@ def make_task(
     coef: Tensor,
     *,
     rectified: bool,
-    other: Tensor | None = None,
 ) -> Task:
     """Divides the work of some items; arguments as the attributes of ``Task``."""
     width = inputs.shape[-1]
@@ -193,4 +185,4 @@ def make_task(
     rows = product_rows(products, width, chosen.block_k)
     pixels = arrays.y.shape[2] * arrays.y.shape[3]
     tiles, chunk = division(len(rows), inputs.shape[1], pixels, chosen.block_p)
-    return Task(products, inputs, other, coef, rectified, chosen, rows, tiles, chunk)
+    return Task(products, inputs, coef, rectified, chosen, rows, tiles, chunk)

@@ -1,6 +1,7 @@
 """The weights of a cell as the kernels read them: taps before channels, matrices in storage dtype.
 
     taps[o + t C + c]  = flat[o + c k k + t]     of a depthwise weight at offset o, float32
+    pairs[o + t C + c / 2 + c % 2 C / 2]         the same, for what loads two channels at a time
     matrices[i]        = flat[i]                 of a pointwise weight, storage dtype
 
 One launch a pass. A transposition of small matrices by an index, so loads are single elements.
@@ -25,12 +26,19 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _pack_weights_kernel(flat_ptr, index_ptr, taps_ptr, matrices_ptr, total, BLOCK: tl.constexpr):
+def _pack_weights_kernel(
+    flat_ptr, index_ptr, taps_ptr, pairs_ptr, matrices_ptr, total,
+    BLOCK: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """index, int32 [2, total]: where taps and pairs come from."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     m = i < total
     index = tl.load(index_ptr + i, mask=m, other=0)
     value = tl.load(flat_ptr + index, mask=m, other=0.0)
     tl.store(taps_ptr + i, value, mask=m)
+    if PAIRS:
+        index = tl.load(index_ptr + total + i, mask=m, other=0)
+        tl.store(pairs_ptr + i, tl.load(flat_ptr + index, mask=m, other=0.0), mask=m)
     tl.store(matrices_ptr + i, value.to(matrices_ptr.dtype.element_ty), mask=m)
 
 
@@ -40,10 +48,13 @@ class Packed:
 
     Attributes:
         taps: float32 ``[total]``, depthwise weights as ``[kernel * kernel, C]``.
+        pairs: As ``[kernel * kernel, 2, C // 2]``, even channels before odd ones, for bfloat16, of
+            which stencils load two channels at a time; else the same as ``taps``.
         matrices: Storage dtype ``[total]``, pointwise weights as ``[C, Cx]``.
     """
 
     taps: Tensor
+    pairs: Tensor
     matrices: Tensor
 
 
@@ -52,12 +63,14 @@ _packed: WeakKeyDictionary[Weights, Packed] = WeakKeyDictionary()
 
 
 def _index(layout: Layout) -> Tensor:
-    """int32 ``[total]``: where in the flat weights every packed element comes from."""
-    index = torch.arange(layout.total, dtype=torch.int32)
+    """int32 ``[2, total]``: where in the flat weights every packed element comes from."""
+    index = torch.arange(layout.total, dtype=torch.int32).repeat(2, 1)
     for offset, (rows, columns) in zip(layout.offsets, layout.padded, strict=True):
         if columns in (9, 25):
-            part = index[offset : offset + rows * columns]
-            part.copy_(part.view(rows, columns).t().reshape(-1).clone())
+            taps, pairs = index[:, offset : offset + rows * columns]
+            new = taps.view(rows, columns).t().clone()
+            taps.copy_(new.reshape(-1))
+            pairs.copy_(new.unflatten(1, (-1, 2)).transpose(1, 2).reshape(-1))
     return index
 
 
@@ -79,11 +92,14 @@ def _pack(weights: Weights, storage: torch.dtype) -> Packed:
     flat = weights.flat
     if flat.device not in by_device:
         by_device[flat.device] = _index(weights.layout).to(flat.device)
-    out = Packed(torch.empty_like(flat), torch.empty_like(flat, dtype=storage))
+    paired, taps = storage == torch.bfloat16, torch.empty_like(flat)
+    pairs = torch.empty_like(flat) if paired else taps
+    out = Packed(taps, pairs, torch.empty_like(flat, dtype=storage))
     total = flat.numel()
     _pack_weights_kernel[(triton.cdiv(total, _BLOCK),)](
-        flat, by_device[flat.device], out.taps, out.matrices, total, BLOCK=_BLOCK
-    )
+        flat, by_device[flat.device], *(out.taps, out.pairs, out.matrices), total, BLOCK=_BLOCK,
+        PAIRS=paired,
+    )  # fmt: skip
     return out
 
 
@@ -99,14 +115,15 @@ def _specialisations() -> list[Specialisation]:
                         "flat_ptr": "*fp32",
                         "index_ptr": "*i32",
                         "taps_ptr": "*fp32",
+                        "pairs_ptr": "*fp32",
                         "matrices_ptr": f"*{storage}",
                         "total": "i32",
                     },
-                    constants={"BLOCK": _BLOCK},
+                    constants={"BLOCK": _BLOCK, "PAIRS": storage == "bf16"},
                     divisible=("total",),
                     gathers=True,
                     programs=triton.cdiv(weights, _BLOCK),
-                    bytes=weights * (12 + (4 if storage == "fp32" else 2)),
+                    bytes=weights * {"fp32": 16, "fp16": 14, "bf16": 22}[storage],
                 )
             )
     return found

@@ -2,8 +2,8 @@
 
 The order of the steps is that of ``cell_forward`` and ``cell_backward``. What those compute in
 torch between two primitives is a launch of ``fold`` or ``coefficients`` here; what leaves both
-inputs runs together, and so do all weight gradients, at the end. Rectified inputs of second halves
-are kept for the weight gradients, behind the slots.
+inputs runs together, and so do all weight gradients, at the end. What convolutions read, relu of
+states and rectified inputs of second halves, is kept behind the slots for the weight gradients.
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import calls as cell_calls
 from ..calls import Call
 from ..cell_pass import Saved
 from ..interface import Arrays
 from ..plan import Plan
 from . import affine, cell_tables, common, fan_out, mix, preprocess, reduce
 from .cell_tables import CellTables, Rows
-from .coefficients import coefficients
+from .coefficients import Entering, coefficients
 from .fan_in import gather
 from .fold import Norms, fold_norms, given_norms
 from .gradient_rows import device_table
 from .mid_backward import half_gradients
-from .pointwise_backward import pointwise_backward
+from .pointwise_backward import Side, pointwise_backward
 from .running import move_running
 from .weight_gradient import contract, empty_products, weight_products
 from .weight_tasks import Task, make_task, product
@@ -45,17 +44,17 @@ class Steps:
     def given(self, call: Call, arrays: Arrays, norms: Norms, table: Tensor, count: int) -> None:
         given_norms(norms, table, count)
 
-    def affine(self, call: Call, arrays: Arrays, scale: Tensor, shift: Tensor) -> None:
-        affine.both_affine_(arrays.states[0], arrays.states[1], scale, shift)
+    def affine(self, call: Call, arrays: Arrays, *rest: Any) -> None:
+        affine.both_affine_(arrays.states[0], arrays.states[1], *rest)
 
-    def leave(self, call: Call, arrays: Arrays, x: Tensor, partials: Tensor, other: Tensor) -> None:
-        fan_out.leaving(call, arrays, x, partials, other)
+    def leave(self, call: Call, arrays: Arrays, *rest: Any) -> None:
+        fan_out.leaving(call, arrays, *rest)
 
     def second_halves(self, call: Call, arrays: Arrays, *rest: Any) -> None:
         fan_out.second_halves(call, arrays, *rest)
 
-    def mix(self, call: Call, arrays: Arrays, scale: Tensor, shift: Tensor, out: Tensor) -> None:
-        mix.mix(call, arrays, scale, shift, out)
+    def mix(self, call: Call, arrays: Arrays, *rest: Any) -> None:
+        mix.mix(call, arrays, *rest)
 
     def reduce(self, call: Call, arrays: Arrays, *rest: Any) -> Tensor:
         return reduce.partial_sums(call, arrays, *rest)
@@ -69,8 +68,10 @@ class Steps:
     def gather(self, call: Call, arrays: Arrays, *rest: Any, **options: Any) -> Tensor | None:
         return gather(call, arrays, *rest, **options)
 
-    def pointwise_backward(self, call: Call, arrays: Arrays, *rest: Any) -> None:
-        pointwise_backward(call, arrays, *rest)
+    def pointwise_backward(
+        self, call: Call, arrays: Arrays, sides: list[Side], coef: Tensor
+    ) -> None:
+        pointwise_backward(sides, coef, None)
 
     def weight_products(self, call: Call, arrays: Arrays, task: Task, partials: Tensor) -> None:
         weight_products(call, arrays, task, partials)
@@ -90,7 +91,7 @@ class TritonCell:
         self.steps = steps or Steps()
 
     def extra_slots(self, plan: Plan) -> int:
-        return cell_calls.of(plan.key).num_halves
+        return cell_tables.of(plan.key).num_kept
 
     def forward(
         self, plan: Plan, saved: Saved, arrays: Arrays, alphas: Tensor, stats: Tensor
@@ -131,7 +132,7 @@ class _Pass:
         self.steps, self.plan, self.saved, self.arrays = steps, plan, saved, arrays
         self.tables: CellTables = cell_tables.of(plan.key)
         self.calls = self.tables.calls
-        if len(saved.slots) != plan.num_slots + self.calls.num_halves:
+        if len(saved.slots) != plan.num_slots + self.tables.num_kept:
             raise ValueError("the arrays of this cell are not those of a whole forward pass")
         self.alphas = alphas.detach().float().flatten()
         self.channels, self.training = saved.slots.shape[-1], arrays.training
@@ -176,7 +177,8 @@ class _Forward(_Pass):
             table = self.table(tables.inputs, "fold", lambda: rows)
             self.steps.fold(tables.inputs, arrays, partials, self.norms, table, count)
         scales, shifts = self.norms.scales[:2], self.norms.shifts[:2]
-        self.steps.affine(tables.inputs, arrays, scales, shifts)
+        kept = None if tables.first_kept else self.saved.slots[tables.kept_state(0) :][:2]
+        self.steps.affine(tables.inputs, arrays, scales, shifts, kept)
 
     def _leave(self, number: int, sources: tuple[int, ...]) -> None:
         """Everything on the edges that leave some states, up to the last BatchNorm."""
@@ -185,7 +187,8 @@ class _Forward(_Pass):
         x, other = states[sources[0]], states[sources[-1]]
         if first.items:
             partials = fan_out.empty_partials(len(first.items), self.saved.slots)
-            self.steps.leave(first, self.arrays, x, partials, other)
+            kept, slots = tables.kept_states(first), self.saved.slots
+            self.steps.leave(first, self.arrays, x, partials, other, kept, slots)
             self._fold(first, partials)
         if second.items:
             partials = fan_out.empty_partials(len(second.items), self.saved.slots)
@@ -206,8 +209,10 @@ class _Forward(_Pass):
         span = self.tables.node_spans[node]
         scale = self.norms.scales[span.begin : span.end]
         shift = self.norms.shifts[span.begin : span.end]
-        out = self.arrays.states[node + 2]
-        self.steps.mix(self.calls.both[node], self.arrays, scale, shift, out)
+        out, state = self.arrays.states[node + 2], node + 2
+        is_left = state <= self.plan.steps
+        kept = self.saved.slots[self.tables.kept_state(state)] if is_left else None
+        self.steps.mix(self.calls.both[node], self.arrays, scale, shift, out, kept)
 
 
 class _Backward(_Pass):
@@ -220,8 +225,10 @@ class _Backward(_Pass):
         self.coef = self.alphas.new_empty(rows, 3, self.channels)
         arrays.half_grads = slots.new_empty(self.calls.num_halves, *slots.shape[1:])
         arrays.grads = list(grad.chunk(steps, dim=-1))
-        if self.want_weights:
-            self._make_room()
+        self.large: Tensor | None = None
+        if self.want_weights and self.plan.reduction:
+            state = self.saved.states[0]
+            self.large = state.new_empty(2, *state.shape)
         for node in reversed(range(steps)):
             self._enter(node)
             if node > 0:
@@ -233,29 +240,10 @@ class _Backward(_Pass):
         inputs: list[Tensor | None] = [None, None]
         if sources:
             grads = self._states(sources)
-            for which, state_grad in zip(sources, grads, strict=True):
-                if want_inputs[which]:
-                    inputs[which] = self._preprocess(which, state_grad)
+            inputs = self._preprocess(want_inputs, dict(zip(sources, grads, strict=True)))
             if self.want_weights:
                 self._weights(grads)
         return inputs
-
-    def _make_room(self) -> None:
-        """Stacks for rectified states: those of a node's size, and a reduction cell's inputs."""
-        states, steps = self.arrays.states, self.plan.steps
-        self.first = 2 if self.plan.reduction else 0
-        like = states[2]
-        self.rectified = like.new_empty(steps + 1 - self.first, *like.shape)
-        self.large = states[0].new_empty(2, *states[0].shape) if self.first else self.rectified
-
-    def _room(self, sources: tuple[int, ...]) -> Tensor | None:
-        """Where rectified states go, if weights want gradients."""
-        if not self.want_weights:
-            return None
-        if sources[0] < self.first:
-            return self.large
-        begin = sources[0] - self.first
-        return self.rectified[begin : begin + len(sources)]
 
     def _coefficients(
         self, call: Call, name: str, rows: Any, partials: Tensor, pixels: int, stored: bool
@@ -280,14 +268,18 @@ class _Backward(_Pass):
         def of_node() -> Rows:
             return tables.node_coefficients(node, self.training)
 
-        self._coefficients(call, "coefficients", of_node, partials, pixels, False)
         wanted = self.wanted[0] + 2 * self.wanted[1]
         second = self.calls.enter_second[wanted][node]
         if not second.items:
+            self._coefficients(call, "coefficients", of_node, partials, pixels, False)
             return
+        table = self.table(call, "coefficients", of_node)
+        enter = Entering(
+            partials, norms, self.alphas, self.grad_alphas, table, training=self.training
+        )
         partials = self.steps.half_gradients(
-            second, self.arrays, norms, tuple(tables.half_norms(second, self.training)),
-            self.coef, tables.coefficient_rows(second, first=False),
+            second, self.arrays, norms, tuple(tables.half_norms(second, self.training)), self.coef,
+            tuple(call.items.index(item) for item in second.items), enter,
         )  # fmt: skip
 
         def of_halves() -> Rows:
@@ -302,8 +294,10 @@ class _Backward(_Pass):
         call = self.tables.gather(sources)
         states = {source: self.arrays.states[source] for source in sources}
         numbers = self.tables.coefficient_rows(call, first=True)
+        # What the forward pass has not kept.
+        room = self.large if sources[0] < 2 else None
         return self.steps.gather(
-            call, self.arrays, states, self.coef, incoming, out, self._room(sources), numbers,
+            call, self.arrays, states, self.coef, incoming, out, room, numbers,
             sums=incoming is None,
         )  # fmt: skip
 
@@ -321,26 +315,34 @@ class _Backward(_Pass):
         self._coefficients(call, "inputs", rows, partials, state[..., 0].numel(), True)
         return out
 
-    def _preprocess(self, which: int, state_grad: Tensor) -> Tensor:
-        """Gradient of a cell input from that of the state made of it."""
-        x, arrays = self.saved.inputs[which], self.input_arrays(which)
-        arrays.grads = [state_grad]
-        row, out = 2 * self.tables.alphas + which, torch.empty_like(x)
-        coef = self.coef[row : row + 1]
-        self.steps.pointwise_backward(self.calls.inputs[which], arrays, x, coef, None, out)
-        return out
+    def _preprocess(
+        self, wanted: tuple[bool, bool], state_grads: dict[int, Tensor]
+    ) -> list[Tensor | None]:
+        """Gradients of the cell's inputs from those of the states made of them."""
+        found: list[Tensor | None] = [None, None]
+        sides = []
+        for which in (0, 1):
+            if wanted[which]:
+                x, arrays = self.saved.inputs[which], self.input_arrays(which)
+                arrays.grads = [state_grads[which]]
+                found[which] = out = torch.empty_like(x)
+                sides.append(Side(self.calls.inputs[which], arrays, x, out))
+        apart = self.plan.reduction_prev
+        for group in [[side] for side in sides] if apart else [sides] * bool(sides):
+            call = group[0].call if len(group) == 1 else self.tables.inputs
+            first = 2 * self.tables.alphas + group[0].call.items[0].source
+            coef = self.coef[first : first + len(group)]
+            self.steps.pointwise_backward(call, group[0].arrays, group, coef)
+        return found
 
     def _weights(self, state_grads: Tensor) -> None:
         """All weight gradients: a launch for inputs of each shape, one for what adds them up."""
         offsets, slots = self.arrays.weights.layout.offsets, self.saved.slots
         work: list[tuple[Call, Arrays, Task]] = []
-        stacks = ((self.rectified, slots), (self.large, None))
-        for call, (stack, other) in zip(self.tables.product_calls, stacks, strict=True):
-            if call.items:
+        for call, stack in zip(self.tables.product_calls, (slots, self.large), strict=True):
+            if stack is not None and call.items:
                 products = self.tables.products(call, offsets)
-                task = make_task(
-                    self.arrays, products, stack, self.coef, rectified=True, other=other
-                )
+                task = make_task(self.arrays, products, stack, self.coef, rectified=True)
                 work.append((call, self.arrays, task))
         for which, call in enumerate(self.calls.inputs):
             arrays = self.input_arrays(which)

@@ -54,7 +54,7 @@ def product_flops(launch: Launch) -> float:
     if launch.name in ("fan_out", "output_gradient"):
         return 2.0 * _pixels(launch) * channels * convolutions
     if launch.name == "pointwise_backward":
-        return 2.0 * _pixels(launch) * values["CX"]
+        return 2.0 * _pixels(launch) * sum((values["CX"], values["CX1"])[: launch.grid[2]])
     if launch.name == "one_by_one":
         return 2.0 * _pixels(launch) * values["C_IN"] * max(1, len(items) - convolutions)
     return 0.0
