@@ -263,7 +263,7 @@ def fan_in(
         len(call.items) == 1 and len(arrays.grads) == 1
     ):  # fmt: skip
         if out is not None:
-            pointwise_backward([Side(call, arrays, x, out)], coef, incoming)
+            pointwise_backward(call, [Side(call, arrays, x, out)], coef, incoming)
         if wanted:
             only = (product(first, 0, 0, arrays.weights.layout.offsets),)
             task = make_task(arrays, only, x[None], coef, rectified=False)

@@ -122,6 +122,7 @@ def settings(storage: str, channels: int, blackwell: bool) -> dict[str, Any]:
         "BLOCK_M": max(16, chunk * columns),
         "BLOCK_K": 16 if wide else min(64, block),
         "num_warps": 8 if wide else 4,
+        "num_stages": 1,
         "maxnreg": 128,
     }
 
@@ -206,7 +207,7 @@ def leaving(
     table = common.table(call, arrays, common.STENCILS, changed={"input": places})
     if table is not None:
         _launch(table, arrays, (x, other), stack, partials, call.items[0].stride, False)
-    preprocess.one_by_one(call, arrays, x, partials, other)
+    preprocess.one_by_one(call, arrays, (x, other), partials)
 
 
 def second_halves(
@@ -272,7 +273,7 @@ def _specialisation(
 ) -> Specialisation:
     chosen = settings(storage, channels, blackwell)
     warps = chosen.pop("num_warps")
-    registers = chosen.pop("maxnreg")
+    registers, stages = chosen.pop("maxnreg"), chosen.pop("num_stages")
     data = "fp32" if storage == "tf32" else storage
     shape = (96, size, size, channels)
     tiles = count_tiles(shape, chosen["BLOCK_P"], chosen["ROWS"])
@@ -304,6 +305,7 @@ def _specialisation(
         },
         divisible=strides,
         num_warps=warps,
+        num_stages=stages,
         max_registers=registers,
         programs=items * tiles,
         bytes=pixels * channels * width * (items + read),

@@ -1,10 +1,10 @@
-"""Gradient of a preprocessing 1x1 convolution or factorized reduce to its input, which is wider.
+"""Gradient of preprocessing, 1x1 convolutions or a factorized reduce, to the wider inputs.
 
     dx[p] = [x[p] > 0] (dy W)[p]                                           1x1
     dx[2q] = [x > 0] (dy W_even)[q],  dx[2q + 1] = [x > 0] (dy W_odd)[q]   factorized, 0 elsewhere
 
-A program makes a block of channels for a tile of output pixels; of a factorized reduce it writes
-the four input pixels that belong to each.
+A program makes a block of channels for a tile of output pixels of one part: a 1x1 convolution, or
+the even or odd pixels of a factorized reduce, with zeros for those between them.
 
 Reference: ``reference._one_by_one_backward``.
 """
@@ -21,7 +21,7 @@ from ..calls import Call
 from ..interface import Arrays
 from . import common
 from .common import block_channels, pixel_stride
-from .gradient_rows import load_coefficients
+from .gradient_rows import device_table, load_coefficients
 from .record import search_specialisations
 from .registry import Specialisation, register
 from .weights import packed
@@ -44,90 +44,80 @@ def _masked_store(
     tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=m)
 
 
-@triton.jit(do_not_specialize=["pixels", "H", "W", "H_OUT", "W_OUT", "split"])
+@triton.jit(do_not_specialize=["pixels", "H", "W", "H_OUT", "W_OUT"])
 def _pointwise_backward_kernel(
-    grad_ptr, grad1_ptr, y_ptr, y1_ptr, x_ptr, x1_ptr, coef_ptr, matrix_ptr, incoming_ptr,
-    out_ptr, out1_ptr,
+    grad_ptr, grad1_ptr, y_ptr, y1_ptr, x_ptr, x1_ptr, coef_ptr, matrices_ptr, incoming_ptr,
+    out_ptr, out1_ptr, table_ptr,
     grad_pixel, grad1_pixel, y_pixel, y1_pixel, x_pixel, x1_pixel, incoming_pixel,
-    further, CX, CX1, pixels, H, W, H_OUT, W_OUT, split,
+    CX, CX1, pixels, H, W, H_OUT, W_OUT,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
-    FACTORIZED: tl.constexpr, WIDTH: tl.constexpr, INCOMING: tl.constexpr,
-    PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+    INCOMING: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of output pixels, block of input channels, input): two inputs, or one that may
-    be FACTORIZED, of WIDTH channels then. further: from the first matrix to the second.
+    """Program (tile of output pixels, block of input channels, row of the table).
+
+    A row: input (0 or 1), its row of coefficients, its matrix, the channels of y that take part,
+    distance of pixels (1 or 2), and whether they are the odd ones. H, W: of a factorized input.
     """
-    if FACTORIZED:
-        CX = WIDTH  # not known when compiled, it takes registers that spill
-    else:
-        second = tl.program_id(2) == 1
-        coef_ptr += tl.program_id(2) * (3 * C)
-        grad_ptr = tl.where(second, grad1_ptr, grad_ptr)
-        y_ptr = tl.where(second, y1_ptr, y_ptr)
-        x_ptr = tl.where(second, x1_ptr, x_ptr)
-        out_ptr = tl.where(second, out1_ptr, out_ptr)
-        grad_pixel = tl.multiple_of(tl.where(second, grad1_pixel, grad_pixel), 16)
-        y_pixel = tl.multiple_of(tl.where(second, y1_pixel, y_pixel), 16)
-        x_pixel = tl.multiple_of(tl.where(second, x1_pixel, x_pixel), 16)
-        CX = tl.multiple_of(tl.where(second, CX1, CX), 16)
-        matrix_ptr += tl.multiple_of(tl.where(second, further, 0), 16)
+    row = table_ptr + tl.program_id(2) * 16
+    second = tl.load(row) == 1
+    grad_ptr = tl.where(second, grad1_ptr, grad_ptr)
+    y_ptr = tl.where(second, y1_ptr, y_ptr)
+    x_ptr = tl.where(second, x1_ptr, x_ptr)
+    out_ptr = tl.where(second, out1_ptr, out_ptr)
+    grad_pixel = tl.multiple_of(tl.where(second, grad1_pixel, grad_pixel), 16)
+    y_pixel = tl.multiple_of(tl.where(second, y1_pixel, y_pixel), 16)
+    x_pixel = tl.multiple_of(tl.where(second, x1_pixel, x_pixel), 16)
+    CX = tl.multiple_of(tl.where(second, CX1, CX), 16)
+    matrix_ptr = matrices_ptr + tl.multiple_of(tl.load(row + 2), 16)
     c = tl.arange(0, BLOCK_C)
     m_c = c < C
     k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_k = k < CX
     pixel = (tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
-    m_p = pixel < pixels
-    if not FACTORIZED:
-        # Inputs may differ in channels: of the narrower one, blocks behind the last have no pixel.
-        m_p = m_p & (tl.program_id(1) * BLOCK_N < CX)
+    # Inputs may differ in channels: of the narrower one, blocks behind the last have no pixel.
+    m_p = (pixel < pixels) & (tl.program_id(1) * BLOCK_N < CX)
     m = m_p[:, None] & m_c[None, :]
-    c0, c1, c2 = load_coefficients(coef_ptr, 0, c, m_c, C)
+    c0, c1, c2 = load_coefficients(coef_ptr, tl.load(row + 1), c, m_c, C)
     y = tl.load(y_ptr + pixel[:, None] * y_pixel + c[None, :], mask=m, other=0.0)
     g = tl.load(grad_ptr + pixel[:, None] * grad_pixel + c[None, :], mask=m, other=0.0)
     dy = g.to(tl.float32) * c0 + (y.to(tl.float32) * c1 + c2)
     STORAGE: tl.constexpr = out_ptr.dtype.element_ty
     dy = dy.to(STORAGE).to(OPERAND)
+    takes_part = m_c & (c >= tl.load(row + 3)) & (c < tl.load(row + 4))
     matrix = tl.load(
-        matrix_ptr + c[:, None] * CX + k[None, :], mask=m_c[:, None] & m_k[None, :], other=0.0
+        matrix_ptr + c[:, None] * CX + k[None, :],
+        mask=takes_part[:, None] & m_k[None, :],
+        other=0.0,
     ).to(OPERAND)  # [C, BLOCK_N]
-    if FACTORIZED:
-        zero = tl.zeros([BLOCK_C, BLOCK_N], dtype=OPERAND)
-        first = (c < split)[:, None]
-        even = tl.dot(dy, tl.where(first, matrix, zero), input_precision=PRECISION)
-        odd = tl.dot(dy, tl.where(first, zero, matrix), input_precision=PRECISION)
-        w = pixel % W_OUT * 2
-        h = (pixel // W_OUT) % H_OUT * 2
+    dx = tl.dot(dy, matrix, input_precision=PRECISION)
+    odd, target = tl.load(row + 6), pixel
+    if tl.load(row + 5) == 2:
+        w = pixel % W_OUT * 2 + odd
+        h = (pixel // W_OUT) % H_OUT * 2 + odd
         target = (pixel // (W_OUT * H_OUT) * H + h) * W + w
-        right, below = m_p & (w + 1 < W), m_p & (h + 1 < H)
+        beside = target + (1 - 2 * odd)
+        m_beside = m_p & (h < H) & (w + 1 - 2 * odd < W)
+        m_beside = m_beside[:, None] & m_k[None, :]
         nothing = tl.zeros([BLOCK_P, BLOCK_N], dtype=tl.float32)
-        _masked_store(
-            even, x_ptr, out_ptr, incoming_ptr, target, m_p[:, None] & m_k[None, :], k, x_pixel,
-            incoming_pixel, CX, INCOMING,
-        )  # fmt: skip
-        _masked_store(
-            nothing, x_ptr, out_ptr, incoming_ptr, target + 1, right[:, None] & m_k[None, :], k,
-            x_pixel, incoming_pixel, CX, INCOMING,
-        )  # fmt: skip
-        _masked_store(
-            nothing, x_ptr, out_ptr, incoming_ptr, target + W, below[:, None] & m_k[None, :], k,
-            x_pixel, incoming_pixel, CX, INCOMING,
-        )  # fmt: skip
-        _masked_store(
-            odd, x_ptr, out_ptr, incoming_ptr, target + W + 1,
-            (right & below)[:, None] & m_k[None, :], k, x_pixel, incoming_pixel, CX, INCOMING,
-        )  # fmt: skip
-    else:
-        dx = tl.dot(dy, matrix, input_precision=PRECISION)
-        _masked_store(
-            dx, x_ptr, out_ptr, incoming_ptr, pixel, m_p[:, None] & m_k[None, :], k, x_pixel,
-            incoming_pixel, CX, INCOMING,
-        )  # fmt: skip
+        if INCOMING:
+            at = beside[:, None] * incoming_pixel + k[None, :]
+            nothing += tl.load(incoming_ptr + at, mask=m_beside, other=0.0).to(tl.float32)
+        tl.store(out_ptr + beside[:, None] * CX + k[None, :], nothing.to(STORAGE), mask=m_beside)
+        m_p = m_p & (h < H) & (w < W)
+    m = m_p[:, None] & m_k[None, :]
+    x = tl.load(x_ptr + target[:, None] * x_pixel + k[None, :], mask=m, other=0.0)
+    dx = tl.where(x.to(tl.float32) > 0, dx, 0.0)
+    if INCOMING:
+        at = target[:, None] * incoming_pixel + k[None, :]
+        dx += tl.load(incoming_ptr + at, mask=m, other=0.0).to(tl.float32)
+    tl.store(out_ptr + target[:, None] * CX + k[None, :], dx.to(STORAGE), mask=m)
 
 
 def _block(element: int, block_c: int) -> int:
     """Pixels of a tile by bytes of an element: more spill, fewer make accesses narrow."""
-    fewest = 64 if block_c == 16 else 16
-    return (fewest if element == 4 else 32) * common.TILE_SCALE
+    if block_c == 16:
+        return 64 * common.TILE_SCALE
+    return (16 if element == 4 else 32) * common.TILE_SCALE
 
 
 @dataclass(frozen=True)
@@ -152,32 +142,52 @@ class Side:
         return self.arrays.grads[item.node], self.arrays.y[item.slot], self.x, self.out
 
 
-def pointwise_backward(sides: list[Side], coef: Tensor, incoming: Tensor | None) -> None:
-    """One launch for one input, or for both.
+def _rows(sides: list[Side], offsets: list[int], channels: int, half: int) -> list[list[int]]:
+    """The table of the kernel."""
+    found = []
+    for number, side in enumerate(sides):
+        item = side.call.items[0]
+        head = [number, number, offsets[item.pointwise]]
+        if common.kind(item) == common.FACTORIZED:
+            found += [[*head, 0, half, 2, 0], [*head, half, channels, 2, 1]]
+        else:
+            found.append([*head, 0, channels, 1, 0])
+    return found
+
+
+def pointwise_backward(
+    call: Call, sides: list[Side], coef: Tensor, incoming: Tensor | None
+) -> None:
+    """One launch.
 
     Args:
-        sides: Two, or one that may be a factorized reduce, which with another spilled 56 bytes.
+        call: Under which the table is kept.
+        sides: One or two, of which one may be a factorized reduce.
         coef: float32 ``[sides, 3, C]``.
         incoming: Gradient to add to a single one.
     """
     first, last = sides[0], sides[-1]
-    item, arrays = first.call.items[0], first.arrays
+    arrays = first.arrays
     (grad, y, x, out), second = first.pointers(), last.pointers()
-    block_c, width = block_channels(y.shape[-1]), max(side.x.shape[-1] for side in sides)
-    factorized = common.kind(item) == common.FACTORIZED
+    channels, where = y.shape[-1], arrays.weights.layout
+    block_c, width = block_channels(channels), max(side.x.shape[-1] for side in sides)
     block_p = _block(out.element_size(), block_c)
     pixels, extra = y[..., 0].numel(), out if incoming is None else incoming
-    where = arrays.weights.layout
-    offsets = [where.offsets[side.call.items[0].pointwise] for side in (first, last)]
-    grid = (triton.cdiv(pixels, block_p), triton.cdiv(width, _BLOCK_N), len(sides))
+    factorized = [s for s in sides if common.kind(s.call.items[0]) == common.FACTORIZED]
+    size = (factorized or sides)[0].x.shape[1:3]
+
+    def rows() -> list[list[int]]:
+        return _rows(sides, where.offsets, channels, arrays.channels // 2)
+
+    key = ("pointwise", channels, *(side.call.items[0].source for side in sides))
+    table = device_table(call, key, coef.device, rows)
+    grid = (triton.cdiv(pixels, block_p), triton.cdiv(width, _BLOCK_N), len(table))
     _pointwise_backward_kernel[grid](
         grad, second[0], y, second[1], x, second[2], coef,
-        packed(arrays.weights, out.dtype).matrices[offsets[0] :], extra, out, second[3],
+        packed(arrays.weights, out.dtype).matrices, extra, out, second[3], table,
         *(pixel_stride(one) for pair in zip((grad, y, x), second[:3], strict=True) for one in pair),
-        pixel_stride(extra), offsets[1] - offsets[0], x.shape[-1], last.x.shape[-1],
-        pixels, *x.shape[1:3], *y.shape[1:3], where.padded[item.pointwise][0],
-        C=y.shape[-1], BLOCK_C=block_c, BLOCK_N=_BLOCK_N, BLOCK_P=block_p,
-        FACTORIZED=factorized, WIDTH=x.shape[-1] if factorized else 0,
+        pixel_stride(extra), x.shape[-1], last.x.shape[-1], pixels, *size, *y.shape[1:3],
+        C=channels, BLOCK_C=block_c, BLOCK_N=_BLOCK_N, BLOCK_P=block_p,
         INCOMING=incoming is not None, PRECISION=common.precision(out.dtype),
         OPERAND=common.operand_dtype(out.dtype), num_warps=4, maxnreg=_REGISTERS,
     )  # fmt: skip

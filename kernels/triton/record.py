@@ -6,7 +6,7 @@ themselves and the call tables of real plans, never from a copy of them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -250,3 +250,13 @@ def search_specialisations(function: Any, **extra: Any) -> list[Specialisation]:
             one = launch.specialisation(**{"bytes": traffic(launch), **extra})
             found.setdefault(one.variant, one)
     return list(found.values())
+
+
+def with_tf32(found: list[Specialisation]) -> list[Specialisation]:
+    """And those of float32 at the channels where plain TF32 products are gated too."""
+    plain = [
+        replace(one, storage="tf32", constants=one.constants | {"PRECISION": "tf32"})
+        for one in found
+        if one.storage == "fp32" and "tf32" in gated_storages(one.shape[-1], product=True)
+    ]
+    return [*found, *plain]

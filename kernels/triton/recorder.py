@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction
 
 from ..calls import Call
 from .common import STORAGE
-from .registry import Specialisation
+from .registry import DEFAULT_STAGES, Specialisation
 
 _POINTERS = {
     torch.float32: "*fp32",
@@ -114,7 +114,7 @@ class Launch:
             constants=constants,
             divisible=tuple(divisible),
             num_warps=self.options.get("num_warps", 4),
-            num_stages=self.options.get("num_stages", 1),
+            num_stages=self.options.get("num_stages", DEFAULT_STAGES),
             max_registers=self.options.get("maxnreg"),
             programs=self.programs,
             note=self._note(constants),

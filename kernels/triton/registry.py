@@ -44,6 +44,9 @@ MODULES = (
     "running",
 )
 
+# Stages of Triton's pipelines on a launch that names none.
+DEFAULT_STAGES = 3
+
 
 @dataclass(frozen=True)
 class Specialisation:
@@ -77,7 +80,7 @@ class Specialisation:
     bytes: int
     divisible: tuple[str, ...] = ()
     num_warps: int = 4
-    num_stages: int = 1
+    num_stages: int = DEFAULT_STAGES
     stencil_flops: int = 0
     product_flops: int = 0
     trips: float = 1.0

@@ -99,8 +99,7 @@ def _backward(launch: Launch, array: int) -> int:
         inputs = read * x[0].numel() * x.element_size()
         return (convolutions + _gradients(launch)) * array + inputs + _whole(launch, "partials_ptr")
     if name == "pointwise_backward":
-        names = ("x_ptr", "x1_ptr")[: launch.grid[2]]
-        return 2 * len(names) * array + 2 * _whole(launch, *names)
+        return 2 * len(items) * array + 2 * _states(launch)
     raise ValueError(f"no count of bytes for kernel {name}")
 
 

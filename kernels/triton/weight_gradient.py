@@ -151,7 +151,8 @@ def weight_products(call: Call, arrays: Arrays, task: Task, partials: Tensor) ->
         CB=min(block_channels(width), chosen.block_k), BLOCK_K=chosen.block_k,
         BLOCK_P=chosen.block_p, STRIDE=1 if tuple(output_size) == (height, across) else 2,
         RELU=not task.rectified, PRECISION=common.precision(storage),
-        OPERAND=common.operand_dtype(storage), num_warps=chosen.warps, maxnreg=_REGISTERS,
+        OPERAND=common.operand_dtype(storage), num_warps=chosen.warps, num_stages=1,
+        maxnreg=_REGISTERS,
     )  # fmt: skip
 
 

@@ -33,8 +33,8 @@ from .weight_tasks import Task, make_task, product
 class Steps:
     """Kernels of a pass, each called with a call and its arrays, which ``record.py`` notes."""
 
-    def preprocess(self, call: Call, arrays: Arrays, x: Tensor, partials: Tensor) -> None:
-        preprocess.one_by_one(call, arrays, x, partials)
+    def preprocess(self, call: Call, arrays: Arrays, *rest: Any) -> None:
+        preprocess.one_by_one(call, arrays, *rest)
 
     def fold(
         self, call: Call, arrays: Arrays, partials: Tensor, norms: Norms, table: Tensor, count: int
@@ -71,7 +71,7 @@ class Steps:
     def pointwise_backward(
         self, call: Call, arrays: Arrays, sides: list[Side], coef: Tensor
     ) -> None:
-        pointwise_backward(sides, coef, None)
+        pointwise_backward(call, sides, coef, None)
 
     def weight_products(self, call: Call, arrays: Arrays, task: Task, partials: Tensor) -> None:
         weight_products(call, arrays, task, partials)
@@ -167,11 +167,9 @@ class _Forward(_Pass):
     def _preprocess(self) -> None:
         tables = self.tables
         partials = fan_out.empty_partials(2, self.saved.states[0][None])
-        for which, call in enumerate(self.calls.inputs):
-            x = self.saved.inputs[which]
-            part = partials[which : which + 1]
-            self.steps.preprocess(call, self.input_arrays(which), x, part)
-        arrays = self.input_arrays(0)
+        arrays, states = self.input_arrays(0), self.saved.states
+        outputs = (states[0][None], states[1][None])
+        self.steps.preprocess(tables.inputs, arrays, self.saved.inputs, partials, outputs)
         if self.training:
             count, rows = tables.input_fold()
             table = self.table(tables.inputs, "fold", lambda: rows)
@@ -327,12 +325,11 @@ class _Backward(_Pass):
                 arrays.grads = [state_grads[which]]
                 found[which] = out = torch.empty_like(x)
                 sides.append(Side(self.calls.inputs[which], arrays, x, out))
-        apart = self.plan.reduction_prev
-        for group in [[side] for side in sides] if apart else [sides] * bool(sides):
-            call = group[0].call if len(group) == 1 else self.tables.inputs
-            first = 2 * self.tables.alphas + group[0].call.items[0].source
-            coef = self.coef[first : first + len(group)]
-            self.steps.pointwise_backward(call, group[0].arrays, group, coef)
+        if sides:
+            call = self.tables.inputs if len(sides) == 2 else sides[0].call
+            first = 2 * self.tables.alphas + sides[0].call.items[0].source
+            coef = self.coef[first : first + len(sides)]
+            self.steps.pointwise_backward(call, sides[0].arrays, sides, coef)
         return found
 
     def _weights(self, state_grads: Tensor) -> None:

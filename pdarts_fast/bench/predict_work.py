@@ -53,10 +53,15 @@ def product_flops(launch: Launch) -> float:
     channels = launch.size[-1]
     if launch.name in ("fan_out", "output_gradient"):
         return 2.0 * _pixels(launch) * channels * convolutions
-    if launch.name == "pointwise_backward":
-        return 2.0 * _pixels(launch) * sum((values["CX"], values["CX1"])[: launch.grid[2]])
-    if launch.name == "one_by_one":
-        return 2.0 * _pixels(launch) * values["C_IN"] * max(1, len(items) - convolutions)
+    if launch.name in ("pointwise_backward", "one_by_one"):
+        widths = ("CX", "CX1") if launch.name == "pointwise_backward" else ("C_IN", "C_IN1")
+        # A factorized reduce is two products, of even and of odd pixels.
+        depths = [
+            values[widths[item.source == 1 and len(items) > 1]] * (1 + item.stride // 2)
+            for item in items
+            if item.kind in (plan.POINTWISE, plan.FACTORIZED)
+        ]
+        return 2.0 * _pixels(launch) * sum(depths)
     return 0.0
 
 
