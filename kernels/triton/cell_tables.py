@@ -9,7 +9,7 @@ alpha, then of the two inputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from .. import calls as cell_calls
@@ -73,7 +73,7 @@ class CellTables:
                 end += len(call.items)
         self.places = end
         self._gathers: dict[tuple[int, ...], Call] = {}
-        self._products: dict[Call, tuple[Product, ...]] = {}
+        self._made: dict[Call, tuple[Product, ...]] = {}
 
     def together(self, calls: tuple[Call, ...], which: tuple[int, ...]) -> Call:
         """Several calls as one."""
@@ -197,7 +197,7 @@ class CellTables:
         ]
 
     @cached_property
-    def product_calls(self) -> tuple[Call, Call]:
+    def _readers_of(self) -> tuple[Call, Call]:
         """Convolutions that read arrays of a node's size, and those that read larger ones."""
         second = [item for call in self.second for item in call.items]
         first = [i for call in self.calls.gather for i in call.items if i.pointwise >= 0]
@@ -205,12 +205,23 @@ class CellTables:
         small = second + [item for item in first if item.stride == 1]
         return Call(tuple(small), self.plan.num_ops), Call(tuple(large), self.plan.num_ops)
 
-    def products(self, call: Call, offsets: list[int]) -> tuple[Product, ...]:
-        """What ``weight_gradient`` wants to know of one of ``product_calls``.
+    @cached_property
+    def weighted(self) -> Call:
+        """Everything with weights: of edges, then the preprocessing of both inputs."""
+        small, large = self._readers_of
+        return Call((*small.items, *large.items, *self.inputs.items), self.plan.num_ops)
+
+    def products(self, offsets: list[int]) -> tuple[tuple[Product, ...], tuple[Product, ...]]:
+        """What ``weight_gradient`` wants to know of convolutions that read arrays of a node's size
+        and of those that read larger ones.
 
         They read what is kept, or larger states by number.
         """
-        if call not in self._products:
+        small, large = (self._products(call, offsets) for call in self._readers_of)
+        return small, large
+
+    def _products(self, call: Call, offsets: list[int]) -> tuple[Product, ...]:
+        if call not in self._made:
             rows = self.coefficient_rows(call, first=True)
             found = []
             for item, row in zip(call.items, rows, strict=True):
@@ -219,8 +230,13 @@ class CellTables:
                 else:
                     place, number = self.kept_state(item.source), row
                 found.append(product(item, number, place, offsets))
-            self._products[call] = tuple(found)
-        return self._products[call]
+            self._made[call] = tuple(found)
+        return self._made[call]
+
+    def input_products(self, which: int, offsets: list[int]) -> tuple[Product, ...]:
+        """That of the preprocessing of an input, whose gradient is the half of that number."""
+        item = self.calls.inputs[which].items[0]
+        return (replace(product(item, 2 * self.alphas + which, 0, offsets), half=which),)
 
 
 @lru_cache(maxsize=1024)

@@ -266,8 +266,8 @@ def fan_in(
             pointwise_backward(call, [Side(call, arrays, x, out)], coef, incoming)
         if wanted:
             only = (product(first, 0, 0, arrays.weights.layout.offsets),)
-            task = make_task(arrays, only, x[None], coef, rectified=False)
-            weight_gradients(call, arrays, task)
+            task = make_task(arrays, only, x[None], rectified=False)
+            weight_gradients(call, arrays, task, x[None], coef)
         return
     states = {0 if first is None else first.source: x}
     to = None if out is None else out[None]
@@ -278,8 +278,8 @@ def fan_in(
         product(item, i, 0, offsets) for i, item in enumerate(call.items) if item.pointwise >= 0
     )
     if rectified is not None and products:
-        task = make_task(arrays, products, rectified, coef, rectified=True)
-        weight_gradients(call, arrays, task)
+        task = make_task(arrays, products, rectified, rectified=True)
+        weight_gradients(call, arrays, task, rectified, coef)
 
 
 def gather(

@@ -132,5 +132,5 @@ def mid_backward(
     sum_partials(_transposed(call, arrays, dz, (scale, shift), numbers), sums)
     if wanted:
         products = tuple(product(item, i, i, offsets) for i, item in enumerate(items))
-        task = make_task(arrays, products, rectified, coef, rectified=True)
-        weight_gradients(call, arrays, task)
+        task = make_task(arrays, products, rectified, rectified=True)
+        weight_gradients(call, arrays, task, rectified, coef)

@@ -34,6 +34,8 @@ FREE = (
 )  # fmt: skip
 # Methods of a backend that launch nothing.
 _NOT_KERNELS = ("channels", "coefficient_dtype", "empty")
+# Primitive, call, size and arguments of a launch outside of any.
+_NOWHERE: tuple[Any, ...] = ("", None, (0, 0, 0, 0), ())
 # Tensors that a launch of a foreach operator takes, by how many lists it goes through.
 _FOREACH = {1: 110, 2: 64, 3: 48}
 
@@ -48,6 +50,7 @@ class Launch:
         values: Every argument by name: tensors, numbers, constants.
         options: ``num_warps``, ``maxnreg``.
         primitive, call: Which primitive launched it, for what.
+        arguments: The others of the primitive, after its arrays.
         size: N, H, W, C of the arrays of the call's outputs.
     """
 
@@ -58,6 +61,7 @@ class Launch:
     primitive: str
     call: Call | None = field(repr=False)
     size: tuple[int, int, int, int]
+    arguments: tuple[Any, ...] = field(default=(), repr=False)
 
     @property
     def name(self) -> str:
@@ -139,7 +143,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.launches: list[Launch] = []
         self.operators: list[str] = []
-        self.place: tuple[str, Call | None, tuple[int, int, int, int]] = ("", None, (0, 0, 0, 0))
+        self.place: tuple[Any, ...] = _NOWHERE
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -196,9 +200,9 @@ class Watched:
         def run(first: Any, *rest: Any, **options: Any) -> Any:
             call = first if isinstance(first, Call) else None
             shape = rest[0].y.shape[1:] if call is not None else first.shape
-            self._recorder.place = (name, call, tuple(shape))
+            self._recorder.place = (name, call, tuple(shape), rest[1:])
             found = method(first, *rest, **options)
-            self._recorder.place = ("", None, (0, 0, 0, 0))
+            self._recorder.place = _NOWHERE
             return found
 
         return method if name in _NOT_KERNELS else run

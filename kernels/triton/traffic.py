@@ -6,11 +6,13 @@ least a launch can move, and its roofline.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from .. import plan
+from ..calls import Item
 
 if TYPE_CHECKING:
     from .recorder import Launch
@@ -34,11 +36,27 @@ def _array(launch: Launch) -> int:
     return images * height * width * channels * (4 if launch.storage == "fp32" else 2)
 
 
-def _gradients(launch: Launch) -> int:
+def _gradients(items: Sequence[Item]) -> int:
     """Gradients that a call reads: one of every half, and of every node once."""
+    halves = [i for i in items if i.half >= 0 and i.input < 0]
+    return len(halves) + len({i.node for i in items if i not in halves})
+
+
+def _read_for_weights(launch: Launch, array: int) -> int:
+    """Bytes that ``weight_products`` reads: what items read, their outputs and gradients."""
     assert launch.call is not None
-    halves = [i for i in launch.call.items if i.half >= 0 and i.input < 0]
-    return len(halves) + len({i.node for i in launch.call.items if i not in halves})
+    stack, large = (launch.values[name] for name in ("stack_ptr", "large_ptr"))
+    ours = [item for item in launch.call.items if item.pointwise >= 0]
+    found = 0
+    if launch.values["state_ptr"] is not stack:  # a whole pass: preprocessing of both inputs too
+        ours = ours[:-2]
+        names = ("input_ptr", "input1_ptr", "state_ptr", "state1_ptr", "grads_ptr")
+        found = _whole(launch, *names)
+    read = {(item.source, item.input, item.stride) for item in ours}
+    for _, _, stride in read:
+        one = (stack if stride == 1 else large)[0]
+        found += one.numel() * one.element_size()
+    return found + (len(ours) + _gradients(ours)) * array
 
 
 def _forward(launch: Launch, array: int) -> int | None:
@@ -68,7 +86,6 @@ def _forward(launch: Launch, array: int) -> int | None:
 def _backward(launch: Launch, array: int) -> int:
     assert launch.call is not None
     name, items = launch.name, launch.call.items
-    convolutions = sum(item.pointwise >= 0 for item in items)
     if name == "reduce":
         return (1 + len(items)) * array + _whole(launch, "partials_ptr")
     if name == "output_gradient":
@@ -80,7 +97,7 @@ def _backward(launch: Launch, array: int) -> int:
             more = 2 * rectified.numel() * rectified.element_size()
         if launch.values["ENTERING"]:
             more += _whole(launch, "partials_ptr")
-        return (slots + _gradients(launch)) * array + written + more
+        return (slots + _gradients(items)) * array + written + more
     if name == "transposed":
         count = launch.grid[0]
         read = _whole(launch, "dz_ptr")
@@ -94,10 +111,7 @@ def _backward(launch: Launch, array: int) -> int:
         incoming = launch.values["INCOMING"] * _whole(launch, "out_ptr")
         return read + incoming + (skips + reduces) * array
     if name == "weight_products":
-        x = launch.values["x_ptr"]
-        read = len({(item.source, item.input) for item in items if item.pointwise >= 0})
-        inputs = read * x[0].numel() * x.element_size()
-        return (convolutions + _gradients(launch)) * array + inputs + _whole(launch, "partials_ptr")
+        return _read_for_weights(launch, array) + _whole(launch, "partials_ptr")
     if name == "pointwise_backward":
         return 2 * len(items) * array + 2 * _states(launch)
     raise ValueError(f"no count of bytes for kernel {name}")

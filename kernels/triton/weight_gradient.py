@@ -15,7 +15,7 @@ Reference: ``reference._separable_backward``, ``reference._one_by_one_backward``
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import triton
 import triton.language as tl
@@ -24,7 +24,7 @@ from torch import Tensor
 from ..calls import Call
 from ..interface import Arrays
 from . import common
-from .common import block_channels, pixel_stride
+from .common import block_channels
 from .gradient_rows import (
     device_table,
     load_coefficients,
@@ -33,55 +33,83 @@ from .gradient_rows import (
 )
 from .record import search_specialisations
 from .registry import Specialisation, register
-from .weight_tasks import Task, settings
+from .weight_tasks import Division, Task, make_division, settings
 from .weights import packed
 
 _ELEMENTS = 1024
 _REGISTERS = 128
 
 
-@triton.jit(do_not_specialize=["N", "H", "W", "H_OUT", "W_OUT", "image_tiles", "chunk"])
+@triton.jit
+def _bits(word, place: tl.constexpr, count: tl.constexpr):
+    """A number of a table's word, see ``weight_tasks._word``."""
+    return (word >> place) & ((1 << count) - 1)
+
+
+@triton.jit(do_not_specialize=["N", "chunk"])
 def _weight_products_kernel(
-    g0_ptr, g1_ptr, g2_ptr, g3_ptr, half_ptr, y_ptr, x_ptr, coef_ptr, partials_ptr, table_ptr,
-    g0_pixel, g1_pixel, g2_pixel, g3_pixel, half_slot, y_slot, x_slot, x_pixel,
-    N, H, W, H_OUT, W_OUT, image_tiles, chunk,
-    C: tl.constexpr, BLOCK_N: tl.constexpr, CX: tl.constexpr, CB: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, STRIDE: tl.constexpr, RELU: tl.constexpr,
-    PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+    g0_ptr, g1_ptr, g2_ptr, g3_ptr, half_ptr, y_ptr, stack_ptr, large_ptr,
+    grads_ptr, state_ptr, state1_ptr, input_ptr, input1_ptr,
+    coef_ptr, partials_ptr, programs_ptr, tasks_ptr,
+    g0_pixel, g1_pixel, g2_pixel, g3_pixel, half_slot, y_slot, grads_slot, N, chunk,
+    C: tl.constexpr, BLOCK_N: tl.constexpr, CB: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Program (row of the table, part, block of o). RELU: x is not rectified yet."""
-    table = table_ptr + tl.program_id(0) * 16
-    part = tl.program_id(1)
-    kernel, dilation, pad = tl.load(table + 5), tl.load(table + 6), tl.load(table + 7)
-    p = (part % image_tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
+    """Program (row of the first table, block of o): pixels of one part for one block of Q.
+
+    The second table has a row a task. Of tasks of the inputs, dy is that of their state.
+    """
+    table = programs_ptr + tl.program_id(0) * 16
+    items, geometry, rest = tl.load(table), tl.load(table + 1), tl.load(table + 2)
+    task = tasks_ptr + _bits(rest, 12, 4) * 16
+    flags, width = tl.load(task), tl.multiple_of(tl.load(task + 1), 16)
+    source, is_raw, stride = _bits(flags, 0, 2), _bits(flags, 2, 1), _bits(flags, 3, 2)
+    x_pixel = tl.multiple_of(tl.load(task + 2), 16)
+    before, after = tl.load(task + 3), tl.load(task + 4)
+    H, W, H_OUT, W_OUT = (
+        _bits(before, 0, 15), _bits(before, 15, 16), _bits(after, 0, 15), _bits(after, 15, 16)
+    )  # fmt: skip
+    kernel, dilation = _bits(geometry, 0, 4), _bits(geometry, 4, 4)
+    pad, spread = _bits(geometry, 8, 4), _bits(geometry, 12, 4)
+    share = tl.load(table + 4)
+    first = _bits(share, 15, 16)
+    p = _bits(share, 0, 15) * BLOCK_P + tl.arange(0, BLOCK_P)
     m_p = p < H_OUT * W_OUT
     k = tl.arange(0, BLOCK_K)
-    tap = tl.load(table + 8) + k // CB
-    place = tap * tl.load(table + 12)  # of the tap in its kernel, row by row
-    channel = tl.multiple_of(tl.load(table + 10), 16) + k % CB
-    row = (p // W_OUT * STRIDE)[:, None] + (place // kernel * dilation - pad)[None, :]
-    col = (p % W_OUT * STRIDE)[:, None] + (place % kernel * dilation - pad)[None, :]
-    m_k = (tap < tl.load(table + 9)) & (channel < CX)
+    # Groups of a row are taps, or blocks of input channels.
+    blocks = _bits(geometry, 28, 1)
+    tap = _bits(geometry, 16, 6) + k // CB * (1 - blocks)
+    channel = tl.multiple_of(_bits(rest, 16, 12) * 16, 16) + k % CB
+    channel += k // CB * tl.multiple_of(blocks * CB, 16)
+    place = tap * spread  # of the tap in its kernel, row by row
+    row = (p // W_OUT * stride)[:, None] + (place // kernel * dilation - pad)[None, :]
+    col = (p % W_OUT * stride)[:, None] + (place % kernel * dilation - pad)[None, :]
+    m_k = (tap < _bits(geometry, 22, 6)) & (channel < width)
     m_x = (row >= 0) & (row < H) & (col >= 0) & (col < W) & m_p[:, None] & m_k[None, :]
-    x = x_ptr + tl.load(table + 4).to(tl.int64) * x_slot
+    x_image = H * W * x_pixel
+    x = tl.where(source == 0, stack_ptr, large_ptr)
+    x = tl.where(source == 2, input_ptr, tl.where(source == 3, input1_ptr, x))
+    x += _bits(items, 20, 10).to(tl.int64) * N * x_image
     x += (row * W + col) * x_pixel + channel[None, :]  # [BLOCK_P, BLOCK_K]
-    c = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_c = c < C
     m_y = m_p[:, None] & m_c[None, :]
+    gradient = _bits(rest, 0, 12)  # of a node, or from 4 on of a half
     g_ptr, g_pixel = pick_gradient(
-        tl.load(table + 2), tl.load(table + 3), g0_ptr, g1_ptr, g2_ptr, g3_ptr, half_ptr,
-        g0_pixel, g1_pixel, g2_pixel, g3_pixel, half_slot, C,
+        gradient, gradient - 4, g0_ptr, g1_ptr, g2_ptr, g3_ptr,
+        tl.where(source >= 2, grads_ptr, half_ptr), g0_pixel, g1_pixel, g2_pixel, g3_pixel,
+        tl.multiple_of(tl.where(source >= 2, grads_slot, half_slot), 16), C,
     )  # fmt: skip
+    y = tl.where(source == 2, state_ptr, tl.where(source == 3, state1_ptr, y_ptr))
+    y += _bits(items, 10, 10).to(tl.int64) * y_slot + p[:, None] * C + c[None, :]
     g = g_ptr + p[:, None] * g_pixel + c[None, :]
-    y = y_ptr + tl.load(table + 1).to(tl.int64) * y_slot + p[:, None] * C + c[None, :]
-    c0, c1, c2 = load_coefficients(coef_ptr, tl.load(table), c, m_c, C)
-    STORAGE: tl.constexpr = x_ptr.dtype.element_ty
+    c0, c1, c2 = load_coefficients(coef_ptr, _bits(items, 0, 10), c, m_c, C)
+    STORAGE: tl.constexpr = stack_ptr.dtype.element_ty
     acc = tl.zeros([BLOCK_K, BLOCK_N], dtype=tl.float32)
-    first = (part // image_tiles) * chunk
     image = first.to(tl.int64)
     for _ in range(first, tl.minimum(first + chunk, N)):
-        r = tl.load(x + image * (H * W * x_pixel), mask=m_x, other=0.0)
-        if RELU:
+        r = tl.load(x + image * x_image, mask=m_x, other=0.0)
+        if is_raw != 0:  # not rectified yet
             r = tl.maximum(r.to(tl.float32), 0.0).to(STORAGE)
         ours = image * (H_OUT * W_OUT)
         dy = tl.load(g + ours * g_pixel, mask=m_y, other=0.0).to(tl.float32) * c0
@@ -89,9 +117,11 @@ def _weight_products_kernel(
         dy = dy.to(STORAGE).to(OPERAND)
         acc = tl.dot(tl.trans(r.to(OPERAND)), dy, acc, input_precision=PRECISION)
         image += 1
-    rows = tl.load(table + 11) + k // CB * CX + k % CB
-    out = partials_ptr + (rows.to(tl.int64) * tl.num_programs(1) + part)[:, None] * C
-    tl.store(out + c[None, :], acc, mask=m_k[:, None] & m_c[None, :])
+    # Vectors of a channel, one a part, follow one another.
+    rows = k // CB * tl.where(blocks == 1, CB, width) + k % CB
+    vectors = tl.load(table + 3) + rows.to(tl.int64) * tl.load(task + 5)
+    out = partials_ptr + vectors[:, None] * C + c[None, :]
+    tl.store(out, acc, mask=m_k[:, None] & m_c[None, :])
 
 
 @triton.jit
@@ -132,54 +162,67 @@ def _weight_gradients_kernel(
     tl.store(grad_ptr + at, dw, mask=m)
 
 
-def weight_products(call: Call, arrays: Arrays, task: Task, partials: Tensor) -> None:
-    """One launch: writes ``[task.vectors, C]`` float32 partial sums."""
-    inputs, coef = task.inputs, task.coef
-    channels, width = coef.shape[-1], inputs.shape[-1]
-    chosen = task.settings
-    key = ("products", channels, width, chosen.block_k, task.products)
-    table = device_table(call, key, coef.device, lambda: task.rows)
-    images, height, across = inputs.shape[1:4]
+@dataclass(frozen=True)
+class Reads:
+    """What the items of a launch read.
+
+    Attributes:
+        stack: ``[n, N, H, W, C]`` of the outputs' shape, or the only array that is read.
+        large: ``[2, N, 2 H, 2 W, C]``, states of a reduction cell.
+        inputs: Of the cell.
+        states: What preprocessing makes of them.
+        state_grads: Gradients of the states, ``[2, N, H, W, C]``.
+    """
+
+    stack: Tensor
+    large: Tensor
+    inputs: tuple[Tensor, Tensor]
+    states: tuple[Tensor, Tensor]
+    state_grads: Tensor
+
+    @staticmethod
+    def only(inputs: Tensor) -> Reads:
+        """Of items that all read one stack."""
+        return Reads(inputs, inputs, (inputs, inputs), (inputs, inputs), inputs)
+
+
+def weight_products(
+    call: Call, arrays: Arrays, division: Division, reads: Reads, coef: Tensor, partials: Tensor
+) -> None:
+    """One launch: writes ``[division.vectors, C]`` float32 partial sums.
+
+    Args:
+        call: Under which the tables are kept.
+        coef: float32 ``[rows, 3, C]``.
+    """
+    channels, storage, chosen = coef.shape[-1], reads.stack.dtype, division.settings
+    programs = device_table(call, ("products", division), coef.device, lambda: division.programs)
+    tasks = device_table(call, ("tasks", division), coef.device, lambda: division.heads)
     grads, strides = node_gradients(arrays)
     halves = arrays.y if arrays.half_grads is None else arrays.half_grads
-    output_size, storage = arrays.y.shape[2:4], inputs.dtype
-    _weight_products_kernel[(len(table), task.parts, triton.cdiv(channels, chosen.block_n))](
-        *grads, halves, arrays.y, inputs, coef, partials, table,
-        *strides, halves.stride(0), arrays.y.stride(0), inputs.stride(0), pixel_stride(inputs[0]),
-        images, height, across, *output_size, task.image_tiles, task.chunk,
-        C=channels, BLOCK_N=chosen.block_n, CX=width,
-        CB=min(block_channels(width), chosen.block_k), BLOCK_K=chosen.block_k,
-        BLOCK_P=chosen.block_p, STRIDE=1 if tuple(output_size) == (height, across) else 2,
-        RELU=not task.rectified, PRECISION=common.precision(storage),
+    _weight_products_kernel[(len(programs), triton.cdiv(channels, chosen.block_n))](
+        *grads, halves, arrays.y, reads.stack, reads.large, reads.state_grads, *reads.states,
+        *reads.inputs, coef, partials, programs, tasks,
+        *strides, halves.stride(0), arrays.y.stride(0), reads.state_grads.stride(0),
+        reads.stack.shape[1], division.chunk,
+        C=channels, BLOCK_N=chosen.block_n, CB=min(block_channels(channels), chosen.block_k),
+        BLOCK_K=chosen.block_k, BLOCK_P=chosen.block_p, PRECISION=common.precision(storage),
         OPERAND=common.operand_dtype(storage), num_warps=chosen.warps, num_stages=1,
         maxnreg=_REGISTERS,
     )  # fmt: skip
 
 
-def contract(call: Call, arrays: Arrays, tasks: list[Task], partials: Tensor) -> None:
-    """One launch: the weight gradients of tasks whose partial sums follow one another.
-
-    Args:
-        call: Under which the table is kept.
-        partials: float32 ``[vectors, C]``.
-    """
+def contract(call: Call, arrays: Arrays, division: Division, partials: Tensor) -> None:
+    """One launch: the weight gradients from partial sums, float32 ``[vectors, C]``."""
     grad = arrays.weights.grad
     assert grad is not None
-    channels, storage = partials.shape[-1], tasks[0].inputs.dtype
-    widths = tuple(task.inputs.shape[-1] for task in tasks)
-    parts = tuple(task.parts for task in tasks)
-
-    def rows() -> list[list[int]]:
-        found, begin = [], 0
-        for task in tasks:
-            found += task.contraction(begin, channels, arrays.channels // 2)
-            begin += task.vectors
-        return found
-
-    table = device_table(call, ("contraction", channels, widths, parts), partials.device, rows)
-    weights = packed(arrays.weights, storage)
+    channels = partials.shape[-1]
+    table = device_table(
+        call, ("contraction", division), partials.device, lambda: division.contraction
+    )
+    weights = packed(arrays.weights, arrays.y.dtype)
     # One channel a program on a GPU: there are few. The interpreter wants few programs.
-    block_c, width = block_channels(channels), max(widths)
+    block_c, width = block_channels(channels), division.width
     block_x = min(64, block_channels(width)) if common.INTERPRETED else 1
     _weight_gradients_kernel[(len(table), triton.cdiv(width, block_x))](
         partials, weights.taps, weights.matrices, grad, table,
@@ -190,18 +233,12 @@ def contract(call: Call, arrays: Arrays, tasks: list[Task], partials: Tensor) ->
     )  # fmt: skip
 
 
-def empty_products(tasks: list[Task]) -> list[Tensor]:
-    """Room for the partial sums of tasks: all of them, then the part of each."""
-    coef, lengths = tasks[0].coef, [task.vectors for task in tasks]
-    everything = coef.new_empty(sum(lengths), coef.shape[-1])
-    return [everything, *everything.split(lengths)]
-
-
-def weight_gradients(call: Call, arrays: Arrays, task: Task) -> None:
-    """Writes the weight gradients of items of a call: two launches."""
-    everything, _ = empty_products([task])
-    weight_products(call, arrays, task, everything)
-    contract(call, arrays, [task], everything)
+def weight_gradients(call: Call, arrays: Arrays, task: Task, inputs: Tensor, coef: Tensor) -> None:
+    """Writes the weight gradients of items of a call that read ``inputs``: two launches."""
+    division = make_division(arrays, (task,))
+    partials = coef.new_empty(division.vectors, coef.shape[-1])
+    weight_products(call, arrays, division, Reads.only(inputs), coef, partials)
+    contract(call, arrays, division, partials)
 
 
 def _specialisations() -> list[Specialisation]:

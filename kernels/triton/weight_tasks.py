@@ -13,9 +13,14 @@ from .. import plan
 from ..calls import Item
 from ..interface import Arrays
 from . import common
-from .common import block_channels
+from .common import block_channels, pixel_stride
+from .gradient_rows import MAX_NODES
 
 _PROGRAMS = 512
+
+# What the items of a task read: rows of a stack of the outputs' shape, of larger states, or from
+# INPUT on the inputs of the cell.
+STACK, LARGE, INPUT = range(3)
 
 
 @dataclass(frozen=True)
@@ -101,88 +106,189 @@ def settings(element: int, channels: int, *, large: bool, ampere: bool) -> Setti
     return Settings(128, 64, 16, 4) if block == 16 else Settings(128, 64, 32, 8)
 
 
-@lru_cache(maxsize=1024)
-def product_rows(products: tuple[Product, ...], width: int, block_k: int) -> list[list[int]]:
-    """Rows of the first kernel: taps and input channels of every item in blocks."""
-    block = min(block_channels(width), block_k)
+@dataclass(frozen=True)
+class Task:
+    """Items whose weight gradients are wanted and that read arrays of one shape.
+
+    Attributes:
+        products: The items.
+        source: Which arrays they read: ``STACK``, ``LARGE``, or ``INPUT`` plus that of the cell.
+        shape: ``[N, H, W, Cx]`` of what they read.
+        pixel: Elements from one of its pixels to the next.
+        size: Height and width of what they make.
+        rectified: Whether what they read has been through the ReLU.
+    """
+
+    products: tuple[Product, ...]
+    source: int
+    shape: tuple[int, ...]
+    pixel: int
+    size: tuple[int, int]
+    rectified: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Division:
+    """The tasks of a launch, divided into programs; one object for the same tasks.
+
+    Attributes:
+        settings: Tile.
+        programs, heads: Tables of ``weight_products``: a row a program, and a row a task. Several
+            numbers share a word (``_word``), or loading them would be much of what it loads.
+        chunk: Images that a program goes through.
+        contraction: Table of ``weight_gradients``.
+        vectors: Rows of C partial sums.
+        iterations: Tiles that all programs go through, for the time model.
+        width: Of the widest inputs.
+    """
+
+    settings: Settings
+    programs: list[list[int]]
+    heads: list[list[int]]
+    contraction: list[list[int]]
+    chunk: int
+    vectors: int
+    iterations: int
+    width: int
+
+
+def _word(*fields: tuple[int, int]) -> int:
+    """Numbers with their bits, from the lowest bits on, as the kernel takes them apart.
+
+    Raises:
+        ValueError: One does not fit.
+    """
+    word, place = 0, 0
+    for value, bits in fields:
+        if not 0 <= value < 1 << bits:
+            raise ValueError(f"weight gradients: {value} does not fit {bits} bits of a table")
+        word |= value << place
+        place += bits
+    return word
+
+
+@dataclass(frozen=True)
+class _Row:
+    """``block_k`` pairs of tap and input channel of an item, in groups of ``block``.
+
+    Groups are taps from ``tap`` on, or with ``blocks`` blocks of channels from ``channel`` on.
+    Attribute ``vector``: the row's first one in the Q of its task.
+    """
+
+    item: Product
+    tap: int
+    limit: int
+    channel: int
+    vector: int
+    blocks: bool
+
+    def words(self, task: int, tile: int, image: int, base: int) -> list[int]:
+        """The row of the kernel's table for a tile of images from ``image`` on."""
+        item = self.item
+        gradient = item.node if item.half < 0 else MAX_NODES + item.half
+        return [
+            _word((item.number, 10), (item.slot, 10), (item.input, 10)),
+            _word(
+                (item.kernel, 4), (item.dilation, 4), (item.pad, 4), (item.spread, 4),
+                (self.tap, 6), (self.limit, 6), (int(self.blocks), 1),
+            ),
+            _word((gradient, 12), (task, 4), (self.channel // 16, 12)),
+            base,
+            _word((tile, 15), (image, 16)),
+        ]  # fmt: skip
+
+
+def _rows(products: tuple[Product, ...], width: int, block: int, block_k: int) -> list[_Row]:
+    """The rows of a task's items."""
     rows, base = [], 0
     for item in products:
-        for tap in range(0, item.taps, block_k // block):
-            for channel in range(0, width, block):
-                rows.append([
-                    item.number, item.slot, item.node, item.half, item.input, item.kernel,
-                    item.dilation, item.pad, tap, item.taps, channel,
-                    base + tap * width + channel, item.spread,
-                ])  # fmt: skip
+        if width > block:
+            rows += [
+                _Row(item, tap, tap + 1, channel, base + tap * width + channel, True)
+                for tap in range(item.taps)
+                for channel in range(0, width, block_k)
+            ]
+        else:
+            rows += [
+                _Row(item, tap, item.taps, 0, base + tap * width, False)
+                for tap in range(0, item.taps, block_k // block)
+            ]
         base += item.taps * width
     return rows
 
 
-def division(rows: int, images: int, pixels: int, block_p: int) -> tuple[int, int]:
-    """Parts that the pixels of an image are divided in, and images a program goes through."""
-    tiles = triton.cdiv(pixels, block_p)
-    shares = min(images, triton.cdiv(_PROGRAMS, rows * tiles))
-    return tiles, triton.cdiv(images, shares)
+@lru_cache(maxsize=1024)
+def divide(
+    tasks: tuple[Task, ...], channels: int, half: int, element: int, ampere: bool
+) -> Division:
+    """Divides the work of some tasks into programs of about the same length.
 
-
-@dataclass(frozen=True)
-class Task:
-    """Items of a call that read arrays of one shape, and their partial Q.
-
-    Attributes:
-        products: The items; the same for every task of the call.
-        inputs: What they read, ``[n, N, H, W, Cx]``.
-        coef: float32 ``[rows, 3, C]``.
-        rectified: Whether the inputs have been through the ReLU.
-        settings: Tile.
-        rows: Rows of the kernel.
-        image_tiles, chunk: Parts that an image is divided in; images of a program.
+    Args:
+        channels: C.
+        half: Channels of the first half of a factorized reduce.
+        element: Bytes of a stored element.
+        ampere: Whether the GPU is older than sm_90.
     """
-
-    products: tuple[Product, ...]
-    inputs: Tensor
-    coef: Tensor
-    rectified: bool
-    settings: Settings
-    rows: list[list[int]]
-    image_tiles: int
-    chunk: int
-
-    @property
-    def parts(self) -> int:
-        """Of every Q."""
-        return self.image_tiles * triton.cdiv(self.inputs.shape[1], self.chunk)
-
-    @property
-    def vectors(self) -> int:
-        """Rows of C partial sums."""
-        return sum(item.taps for item in self.products) * self.inputs.shape[-1] * self.parts
-
-    def contraction(self, begin: int, channels: int, half: int) -> list[list[int]]:
-        """Rows of the second kernel, for partial sums that begin at vector ``begin``."""
-        found, width = [], self.inputs.shape[-1]
-        for item in self.products:
+    block = block_channels(channels)
+    largest = max(item.taps * min(t.shape[-1], block) for t in tasks for item in t.products)
+    chosen = settings(element, channels, large=largest > 128, ampere=ampere)
+    block = min(block, chosen.block_k)
+    rows = [_rows(t.products, t.shape[-1], block, chosen.block_k) for t in tasks]
+    tiles = [triton.cdiv(t.size[0] * t.size[1], chosen.block_p) for t in tasks]
+    images = tasks[0].shape[0]
+    units = sum(len(ours) * n for ours, n in zip(rows, tiles, strict=True))
+    chunk = triton.cdiv(images, min(images, triton.cdiv(_PROGRAMS, units)))
+    programs: list[list[int]] = []
+    heads: list[list[int]] = []
+    contraction: list[list[int]] = []
+    begin = 0
+    for number, (task, ours, n) in enumerate(zip(tasks, rows, tiles, strict=True)):
+        height, across, width = task.shape[1:]
+        parts, stride = n * triton.cdiv(images, chunk), 1 if task.size == (height, across) else 2
+        # Neighbours read the same pixels: part by part of an image.
+        for part in range(parts):
+            tile, image = part % n, part // n * chunk
+            programs += [
+                row.words(number, tile, image, begin + row.vector * parts + part) for row in ours
+            ]
+        heads.append([
+            _word((task.source, 2), (int(not task.rectified), 1), (stride, 2)), width, task.pixel,
+            _word((height, 15), (across, 16)), _word((task.size[0], 15), (task.size[1], 16)), parts,
+        ])  # fmt: skip
+        for item in task.products:
             kind = [int(item.depthwise >= 0), max(item.depthwise, 0), item.pointwise]
             split = half if item.spread == 3 else channels
-            found.append([begin, item.taps, *kind, width, self.parts, split])
-            begin += item.taps * width * self.parts
-        return found
+            contraction.append([begin, item.taps, *kind, width, parts, split])
+            begin += item.taps * width * parts
+    widest = max(task.shape[-1] for task in tasks)
+    return Division(
+        chosen, programs, heads, contraction, chunk, begin, len(programs) * chunk, widest
+    )
 
 
 def make_task(
     arrays: Arrays,
     products: tuple[Product, ...],
     inputs: Tensor,
-    coef: Tensor,
     *,
     rectified: bool,
+    source: int = STACK,
+    size: tuple[int, int] | None = None,
 ) -> Task:
-    """Divides the work of some items; arguments as the attributes of ``Task``."""
-    width = inputs.shape[-1]
-    largest = max(item.taps for item in products) * block_channels(width)
-    ampere = inputs.is_cuda and torch.cuda.get_device_capability(inputs.device)[0] < 9
-    chosen = settings(inputs.element_size(), coef.shape[-1], large=largest > 128, ampere=ampere)
-    rows = product_rows(products, width, chosen.block_k)
-    pixels = arrays.y.shape[2] * arrays.y.shape[3]
-    tiles, chunk = division(len(rows), inputs.shape[1], pixels, chosen.block_p)
-    return Task(products, inputs, coef, rectified, chosen, rows, tiles, chunk)
+    """The task of items of a call.
+
+    Args:
+        inputs: What they read, ``[n, N, H, W, Cx]``, n arrays without a gap.
+        source, rectified: As the attributes.
+        size: Of what they make, if not that of ``arrays.y``.
+    """
+    height, across = size or arrays.y.shape[2:4]
+    shape, pixel = tuple(inputs.shape[1:]), pixel_stride(inputs[0])
+    return Task(products, source, shape, pixel, (height, across), rectified)
+
+
+def make_division(arrays: Arrays, tasks: tuple[Task, ...]) -> Division:
+    """``divide`` for the arrays of a pass."""
+    y = arrays.y
+    ampere = y.is_cuda and torch.cuda.get_device_capability(y.device)[0] < 9
+    return divide(tasks, y.shape[-1], arrays.channels // 2, y.element_size(), ampere)

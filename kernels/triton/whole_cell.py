@@ -26,8 +26,8 @@ from .gradient_rows import device_table
 from .mid_backward import half_gradients
 from .pointwise_backward import Side, pointwise_backward
 from .running import move_running
-from .weight_gradient import contract, empty_products, weight_products
-from .weight_tasks import Task, make_task, product
+from .weight_gradient import Reads, contract, weight_products
+from .weight_tasks import INPUT, LARGE, STACK, Division, make_division, make_task
 
 
 class Steps:
@@ -73,11 +73,11 @@ class Steps:
     ) -> None:
         pointwise_backward(call, sides, coef, None)
 
-    def weight_products(self, call: Call, arrays: Arrays, task: Task, partials: Tensor) -> None:
-        weight_products(call, arrays, task, partials)
+    def weight_products(self, call: Call, arrays: Arrays, *rest: Any) -> None:
+        weight_products(call, arrays, *rest)
 
-    def contract(self, call: Call, arrays: Arrays, tasks: list[Task], partials: Tensor) -> None:
-        contract(call, arrays, tasks, partials)
+    def contract(self, call: Call, arrays: Arrays, division: Division, partials: Tensor) -> None:
+        contract(call, arrays, division, partials)
 
 
 class TritonCell:
@@ -333,24 +333,27 @@ class _Backward(_Pass):
         return found
 
     def _weights(self, state_grads: Tensor) -> None:
-        """All weight gradients: a launch for inputs of each shape, one for what adds them up."""
-        offsets, slots = self.arrays.weights.layout.offsets, self.saved.slots
-        work: list[tuple[Call, Arrays, Task]] = []
-        for call, stack in zip(self.tables.product_calls, (slots, self.large), strict=True):
-            if stack is not None and call.items:
-                products = self.tables.products(call, offsets)
-                task = make_task(self.arrays, products, stack, self.coef, rectified=True)
-                work.append((call, self.arrays, task))
-        for which, call in enumerate(self.calls.inputs):
-            arrays = self.input_arrays(which)
-            arrays.grads = [state_grads[which]]
-            number = 2 * self.tables.alphas + which
-            products = (product(call.items[0], number, 0, offsets),)
-            x = self.saved.inputs[which][None]
-            task = make_task(arrays, products, x, self.coef, rectified=False)
-            work.append((call, arrays, task))
-        tasks = [task for _, _, task in work]
-        everything, *parts = empty_products(tasks)
-        for (call, arrays, task), partials in zip(work, parts, strict=True):
-            self.steps.weight_products(call, arrays, task, partials)
-        self.steps.contract(self.tables.inputs, self.arrays, tasks, everything)
+        """All weight gradients: partial sums in one launch, one that adds them up."""
+        tables, arrays, saved = self.tables, self.arrays, self.saved
+        offsets, slots = arrays.weights.layout.offsets, saved.slots
+        large = slots if self.large is None else self.large
+        tasks = [
+            make_task(arrays, products, stack, rectified=True, source=source)
+            for products, stack, source in zip(
+                tables.products(offsets), (slots, large), (STACK, LARGE), strict=True
+            )
+            if products
+        ]
+        tasks += [
+            make_task(
+                arrays, tables.input_products(which, offsets), saved.inputs[which][None],
+                rectified=False, source=INPUT + which, size=saved.states[which].shape[1:3],
+            )
+            for which in (0, 1)
+        ]  # fmt: skip
+        division = make_division(arrays, tuple(tasks))
+        partials = self.coef.new_empty(division.vectors, self.channels)
+        reads = Reads(slots, large, saved.inputs, saved.states, state_grads)
+        call = tables.weighted
+        self.steps.weight_products(call, arrays, division, reads, self.coef, partials)
+        self.steps.contract(call, arrays, division, partials)

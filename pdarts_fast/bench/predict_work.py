@@ -18,6 +18,7 @@ from pdarts_fast.kernels.triton.machine_code import measure
 from pdarts_fast.kernels.triton.recorder import FREE, Launch
 from pdarts_fast.kernels.triton.registry import kernels
 from pdarts_fast.kernels.triton.traffic import traffic
+from pdarts_fast.kernels.triton.weight_tasks import Division
 
 TARGET = "sm_90"
 # Kernels whose loops are stencils: what their machine code spends on each multiply-add counts.
@@ -42,12 +43,18 @@ def multiply_adds(launch: Launch) -> int:
     return _pixels(launch) * taps
 
 
+def iterations(launch: Launch) -> int:
+    """Tiles that all programs of ``weight_products`` go through."""
+    division = next(one for one in launch.arguments if isinstance(one, Division))
+    return division.iterations * launch.grid[1]
+
+
 def product_flops(launch: Launch) -> float:
     """In tensor cores; 0 for kernels without."""
     values = launch.values
     if launch.name == "weight_products":
         tile = values["BLOCK_K"] * values["BLOCK_P"] * values["BLOCK_N"]
-        return 2.0 * launch.programs * values["chunk"] * tile
+        return 2.0 * iterations(launch) * tile
     items = [] if launch.call is None else launch.call.items
     convolutions = sum(item.kind == plan.CONV for item in items)
     channels = launch.size[-1]
@@ -94,7 +101,8 @@ def slots(launch: Launch) -> float:
         return warps * PROLOGUE + multiply_adds(launch) / LANES * density
     if launch.name == "weight_products":
         body = max(length for length, _ in loops(launch))
-        return float(warps * (PROLOGUE + launch.values["chunk"] * body))
+        warps_each = int(launch.options.get("num_warps", 4))
+        return float(warps * PROLOGUE + iterations(launch) * warps_each * body)
     return warps * PROLOGUE / 4 + traffic(launch) / ACCESS * SLOTS_PER_ACCESS
 
 
