@@ -172,15 +172,17 @@ def _arrays(
     dropout: tuple[Tensor, Tensor],
     training: bool,
     want_gradients: bool,
+    whole: WholeCell | None,
 ) -> Arrays:
     """What the primitives work on; ``weights`` as of ``Weights``, ``dropout`` is rate and state."""
     depths = (saved.inputs[0].shape[-1], saved.inputs[1].shape[-1])
     where = layout(plan.key, saved.slots.shape[-1], depths)
     dtype = primitives.coefficient_dtype(saved.slots.dtype)
+    room = 0 if whole is None else whole.extra_weights(where.total, saved.slots.dtype)
     return Arrays(
         y=saved.slots,
         states=saved.all_states(plan.steps),
-        weights=Weights(where, weights, dtype, want_gradients),
+        weights=Weights(where, weights, dtype, want_gradients, room),
         rate=dropout[0],
         state=dropout[1],
         channels=plan.channels,
@@ -222,14 +224,14 @@ def forward_pass(
         running_moments = _running_moments(plan, running, channels)
         saved.norms.copy_(moments.normalisation(running_moments))
     outputs[9].copy_(rate)
-    arrays = _arrays(plan, primitives, saved, weights, (rate, state), training, False)
+    arrays = _arrays(plan, primitives, saved, weights, (rate, state), training, False, whole)
     if whole is not None:
         whole.forward(plan, saved, arrays, alphas, outputs[8])
     else:
         Forward(primitives, plan, saved, arrays, alphas).run(outputs[8])
     if not _whole_output(plan, channels):
         _write_output(plan, saved.nodes, outputs[0])
-    return (*outputs, arrays.weights.flat)  # type: ignore[return-value]
+    return (*outputs, arrays.weights.everything)  # type: ignore[return-value]
 
 
 cell_forward = torch.library.custom_op("pdarts_fast::cell_forward", forward_pass, mutates_args=())
@@ -242,7 +244,8 @@ def _(s0, s1, alphas, weights, running, rate, state, key, backend, training, dty
     outputs = _empty_outputs(plan, primitives, s0, s1, dtype, training, _fake_empty, whole)
     depth0, depth1 = map(primitives.channels, plan.in_channels)
     total = layout(key, outputs[6].shape[-1], (depth0, depth1)).total
-    return (*outputs, s1.new_empty(total, dtype=primitives.coefficient_dtype(dtype)))
+    room = 0 if whole is None else whole.extra_weights(total, dtype)
+    return (*outputs, s1.new_empty(total + room, dtype=primitives.coefficient_dtype(dtype)))
 
 
 def backward_pass(
@@ -263,9 +266,9 @@ def backward_pass(
     primitives = primitives_for(backend, dtype)
     saved = _saved(s0, s1, outputs)
     dropout = (outputs[9], state)
-    arrays = _arrays(plan, primitives, saved, outputs[10], dropout, training, wants[3])
-    node_grads, want_inputs = _node_gradients(plan, grad, saved), (wants[0], wants[1])
     whole = whole_cell(backend, dtype)
+    arrays = _arrays(plan, primitives, saved, outputs[10], dropout, training, wants[3], whole)
+    node_grads, want_inputs = _node_gradients(plan, grad, saved), (wants[0], wants[1])
     if whole is not None:
         grads, all_alphas = whole.backward(plan, saved, arrays, alphas, node_grads, want_inputs)
     else:

@@ -175,6 +175,14 @@ class WholeCell(Protocol):
         """Arrays behind the slots that the forward pass keeps for the backward pass."""
         ...
 
+    def extra_weights(self, total: int, dtype: torch.dtype) -> int:
+        """Numbers behind the flat weights, ``[total]``, that it keeps for the backward pass.
+
+        Args:
+            dtype: Of the arrays.
+        """
+        ...
+
     def forward(
         self, plan: Plan, saved: Saved, arrays: Arrays, alphas: Tensor, stats: Tensor
     ) -> None:

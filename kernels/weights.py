@@ -86,13 +86,16 @@ class Weights:
 
     Args:
         where: The layout.
-        parameters: In the order of ``Plan.weights``; or ``flat`` of an earlier pass.
+        parameters: In the order of ``Plan.weights``; or ``everything`` of an earlier pass.
         dtype: Of the arithmetic.
         want_gradients: Whether to make room for gradients.
+        room: Numbers that a backend keeps behind the flat weights from pass to pass.
 
     Attributes:
         layout: As given.
-        flat: ``[total]``.
+        everything: ``[total + room]``.
+        flat: ``[total]``, where ``everything`` begins.
+        kept: ``[room]``, the rest.
         grad: ``[total]``, or None. Primitives write every element.
     """
 
@@ -102,23 +105,26 @@ class Weights:
         parameters: Sequence[Tensor] | Tensor,
         dtype: torch.dtype,
         want_gradients: bool,
+        room: int = 0,
     ) -> None:
         self.layout = where
-        self.flat = (
-            parameters
-            if isinstance(parameters, Tensor)
-            else self._packed(where, parameters).to(dtype)
-        )
+        if isinstance(parameters, Tensor):
+            self.everything = parameters
+        else:
+            self.everything = self._packed(where, parameters, dtype, room)
+        plain = self.everything.numel() == where.total
+        self.flat = self.everything if plain else self.everything[: where.total]
+        self.kept = self.everything[where.total :]
         self.grad = torch.zeros_like(self.flat) if want_gradients else None
 
     @staticmethod
-    def _packed(where: Layout, parameters: Sequence[Tensor]) -> Tensor:
-        """All parameters with padding, one after the other."""
+    def _packed(
+        where: Layout, parameters: Sequence[Tensor], dtype: torch.dtype, room: int
+    ) -> Tensor:
+        """All parameters with padding, one after the other, and room behind them."""
         with torch.no_grad():
-            if where.is_plain:
-                return flatten(parameters)
-            return flatten(
-                [
+            if not where.is_plain:
+                parameters = [
                     F.pad(
                         parameter.reshape(shape),
                         (0, padded[1] - shape[1], 0, padded[0] - shape[0]),
@@ -127,7 +133,12 @@ class Weights:
                         parameters, where.shapes, where.padded, strict=True
                     )
                 ]
-            )
+            if not room:
+                return flatten(parameters).to(dtype)
+            everything = parameters[0].new_empty(where.total + room, dtype=dtype)
+            flat = [parameter.reshape(-1) for parameter in parameters]
+            torch.cat(flat, out=everything[: where.total])
+            return everything
 
     def matrix(self, index: int) -> Tensor:
         """Weight ``index`` as ``[rows, columns]``: a view."""

@@ -101,6 +101,8 @@ def test_launches_follow_the_call_tables(small_cell: str, want_weights: bool) ->
     assert forward.count("fan_out") == 2 * gathers
     assert forward.count("fold") == 1 + 2 * gathers
     assert forward.count("running") == forward.count("one_by_one") == 1
+    assert forward[0] == "one_by_one"
+    assert "pack_weights" not in [*names, *forward]
 
 
 @pytest.mark.parametrize("want_weights", [True, False], ids=["weight_step", "alpha_step"])

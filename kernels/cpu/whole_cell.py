@@ -125,6 +125,9 @@ class CompiledCell:
     def extra_slots(self, plan: Plan) -> int:
         return 0
 
+    def extra_weights(self, total: int, dtype: torch.dtype) -> int:
+        return 0
+
     def forward(
         self, plan: Plan, saved: Saved, arrays: Arrays, alphas: Tensor, stats: Tensor
     ) -> None:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,17 +22,17 @@ from ..interface import Arrays
 from . import common
 from .record import search_specialisations, with_tf32
 from .registry import Specialisation, register
-from .weights import packed
+from .weights import BLOCK, _pack, index, packed
 
 
-@triton.jit(do_not_specialize=["pixels", "H", "W", "H_OUT", "W_OUT", "tiles", "half"])
-def _one_by_one_kernel(
-    x_ptr, x1_ptr, y_ptr, y1_ptr, matrices_ptr, partials_ptr, table_ptr,
+@triton.jit
+def _one_by_one(
+    x_ptr, x1_ptr, y_ptr, y1_ptr, flat_ptr, partials_ptr, table_ptr,
     x_pixel, x1_pixel, y_slot, C_IN, C_IN1, pixels, H, W, H_OUT, W_OUT, tiles, half,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Program (item, tile): BLOCK_M pixels of one item.
+    """BLOCK_M pixels of one item.
 
     Items read two arrays: x1 is input or state 1, x any other. H, W: of what a factorized reduce
     reads.
@@ -43,7 +44,8 @@ def _one_by_one_kernel(
     x_pixel = tl.multiple_of(tl.where(second, x1_pixel, x_pixel), 16)
     width = tl.multiple_of(tl.where(second, C_IN1, C_IN), 16)
     factorized = tl.load(row) == 6
-    matrix_ptr = matrices_ptr + tl.multiple_of(tl.load(row + 4), 16)
+    matrix_ptr = flat_ptr + tl.multiple_of(tl.load(row + 4), 16)
+    STORAGE: tl.constexpr = x_ptr.dtype.element_ty
     c = tl.arange(0, BLOCK_C)
     m_c = c < C
     k = tl.arange(0, BLOCK_K)
@@ -63,12 +65,13 @@ def _one_by_one_kernel(
         m_part = (m_c & ((c < split) == (part == 0)))[None, :]
         for start in range(0, width, BLOCK_K):
             rows = tl.load(x[:, None] + start + k[None, :], mask=m_x, other=0.0)
-            rows = tl.maximum(rows.to(tl.float32), 0.0).to(x_ptr.dtype.element_ty)
+            rows = tl.maximum(rows.to(tl.float32), 0.0).to(STORAGE)
             # [C in, C out]: the matrix is stored [C out, C in].
             at = matrix_ptr + c[None, :] * width + start + k[:, None]
             matrix = tl.load(at, mask=m_part, other=0.0)
             value = tl.dot(
-                rows.to(OPERAND), matrix.to(OPERAND), value, input_precision=PRECISION
+                rows.to(OPERAND), matrix.to(STORAGE).to(OPERAND), value,
+                input_precision=PRECISION,
             )  # fmt: skip
     m = inside[:, None] & m_c[None, :]
     stored = value.to(y_ptr.dtype.element_ty)
@@ -85,6 +88,31 @@ def _one_by_one_kernel(
     tl.store(partial, mean * 0.0 + count, mask=m_c)
     tl.store(partial + C, mean, mask=m_c)
     tl.store(partial + 2 * C, second, mask=m_c)
+
+
+@triton.jit(do_not_specialize=["pixels", "H", "W", "H_OUT", "W_OUT", "tiles", "half"])
+def _one_by_one_kernel(
+    x_ptr, x1_ptr, y_ptr, y1_ptr, flat_ptr, partials_ptr, table_ptr, index_ptr, taps_ptr,
+    pairs_ptr, matrices_ptr, x_pixel, x1_pixel, y_slot, C_IN, C_IN1, pixels, H, W, H_OUT, W_OUT,
+    tiles, half, total,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, OPERAND: tl.constexpr, PACK: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Program (item, tile). PACK: those behind the last item pack PACK weights at a time."""
+    is_item = True
+    if PACK:
+        is_item = tl.program_id(0) < tl.num_programs(0) - 1
+    if is_item:
+        _one_by_one(
+            x_ptr, x1_ptr, y_ptr, y1_ptr, flat_ptr, partials_ptr, table_ptr,
+            x_pixel, x1_pixel, y_slot, C_IN, C_IN1, pixels, H, W, H_OUT, W_OUT, tiles, half,
+            C, BLOCK_C, BLOCK_M, BLOCK_K, PRECISION, OPERAND,
+        )  # fmt: skip
+    elif PACK:
+        for first in range(tl.program_id(1) * PACK, total, tiles * PACK):
+            _pack(
+                flat_ptr, index_ptr, taps_ptr, pairs_ptr, matrices_ptr, total, first, PACK, PAIRS
+            )  # fmt: skip
 
 
 def settings(storage: str, channels: int, widths: Sequence[int]) -> dict[str, Any]:
@@ -115,14 +143,17 @@ def one_by_one(
     inputs: tuple[Tensor, Tensor],
     partials: Tensor,
     outputs: tuple[Tensor, Tensor] | None = None,
+    *,
+    pack: bool = False,
 ) -> None:
-    """Those items of ``fan_out`` that are 1x1 convolutions.
+    """Those items of ``fan_out`` that are 1x1 convolutions; they read the weights as they are.
 
     Args:
         inputs: What items read that leave any source but 1, and what those of source 1 read.
         partials: float32 ``[n, tiles, 3, C]``; rows of these items are written, tiles that they
             do not have with zeros.
         outputs: Where items of either kind are written, if not to ``arrays.y``: a stack each.
+        pack: Packs the weights of the cell too, into ``arrays.weights.kept``.
     """
     table = common.table(call, arrays, (common.POINTWISE, common.FACTORIZED))
     if table is None:
@@ -131,13 +162,16 @@ def one_by_one(
     widths = [x.shape[-1] for x in inputs]
     reduces = [item for item in call.items if common.kind(item) == common.FACTORIZED]
     read = inputs[reduces[0].source == 1] if reduces else inputs[0]
-    _one_by_one_kernel[(len(table), partials.shape[1])](
+    weights = arrays.weights
+    ready = packed(weights, y.dtype) if pack else None
+    _one_by_one_kernel[(len(table) + pack, partials.shape[1])](
         *inputs,
         y,
         y1,
-        packed(arrays.weights, y.dtype).matrices,
+        weights.flat,
         partials,
         table,
+        *((table, *[partials] * 3) if ready is None else (index(weights), *ready.arrays())),
         *map(common.pixel_stride, inputs),
         y.stride(0),
         *widths,
@@ -146,9 +180,12 @@ def one_by_one(
         *y.shape[2:4],
         partials.shape[1],
         arrays.channels // 2,
+        weights.flat.numel(),
         C=y.shape[-1],
         PRECISION=common.precision(y.dtype),
         OPERAND=common.operand_dtype(y.dtype),
+        PACK=BLOCK if pack else 0,
+        PAIRS=pack and y.dtype == torch.bfloat16,
         **settings(common.STORAGE[y.dtype], y.shape[-1], widths),
     )
 

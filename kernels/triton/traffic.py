@@ -59,6 +59,13 @@ def _read_for_weights(launch: Launch, array: int) -> int:
     return found + (len(ours) + _gradients(ours)) * array
 
 
+def _packing(launch: Launch) -> int:
+    """Bytes that packing the weights of a cell moves."""
+    paired = ["pairs_ptr"] * launch.values["PAIRS"]
+    read = _whole(launch, "flat_ptr") + _whole(launch, "index_ptr") // (2 - len(paired))
+    return read + _whole(launch, "taps_ptr", *paired, "matrices_ptr")
+
+
 def _forward(launch: Launch, array: int) -> int | None:
     name, items = launch.name, [] if launch.call is None else launch.call.items
     if name == "fan_out":
@@ -75,6 +82,7 @@ def _forward(launch: Launch, array: int) -> int | None:
             _states(launch)
             + _whole(launch, "partials_ptr")
             + array * sum(item.kind in (plan.FACTORIZED, plan.POINTWISE) for item in items)
+            + (_packing(launch) if launch.values["PACK"] else 0)
         )
     if name == "affine":
         return (2 + launch.values["KEEP"]) * array * max(1, len(items))
@@ -126,9 +134,7 @@ def traffic(launch: Launch) -> int:
     if launch.name in ("fold", "sum_partials", "coefficients", "weight_gradients"):
         return _whole(launch, "partials_ptr")
     if launch.name == "pack_weights":
-        paired = ["pairs_ptr"] * launch.values["PAIRS"]
-        read = _whole(launch, "flat_ptr") + _whole(launch, "index_ptr") // (2 - len(paired))
-        return read + _whole(launch, "taps_ptr", *paired, "matrices_ptr")
+        return _packing(launch)
     if launch.name == "running":
         return launch.programs * (launch.values["channels"] * 32 + 48)
     array = _array(launch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -273,7 +274,7 @@ def make_task(
     *,
     rectified: bool,
     source: int = STACK,
-    size: tuple[int, int] | None = None,
+    size: Sequence[int] | None = None,
 ) -> Task:
     """The task of items of a call.
 

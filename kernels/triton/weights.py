@@ -4,7 +4,8 @@
     pairs[o + t C + c / 2 + c % 2 C / 2]         the same, for what loads two channels at a time
     matrices[i]        = flat[i]                 of a pointwise weight, storage dtype
 
-One launch a pass. A transposition of small matrices by an index, so loads are single elements.
+A transposition of small matrices by an index, so loads are single elements. A whole pass packs in
+the launch of ``preprocess.one_by_one`` and keeps all for its backward pass; a launch else.
 Reference: ``Weights.matrix``.
 """
 
@@ -22,16 +23,16 @@ from ..weights import Layout, Weights
 from .common import gated_storages
 from .registry import Specialisation, register
 
-_BLOCK = 1024
+BLOCK = 1024
 
 
 @triton.jit
-def _pack_weights_kernel(
-    flat_ptr, index_ptr, taps_ptr, pairs_ptr, matrices_ptr, total,
+def _pack(
+    flat_ptr, index_ptr, taps_ptr, pairs_ptr, matrices_ptr, total, first,
     BLOCK: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """index, int32 [2, total]: where taps and pairs come from."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    """Elements from ``first`` on. index, int32 [2, total]: where taps and pairs come from."""
+    i = first + tl.arange(0, BLOCK)
     m = i < total
     index = tl.load(index_ptr + i, mask=m, other=0)
     value = tl.load(flat_ptr + index, mask=m, other=0.0)
@@ -39,7 +40,20 @@ def _pack_weights_kernel(
     if PAIRS:
         index = tl.load(index_ptr + total + i, mask=m, other=0)
         tl.store(pairs_ptr + i, tl.load(flat_ptr + index, mask=m, other=0.0), mask=m)
+    value = tl.load(flat_ptr + i, mask=m, other=0.0)
     tl.store(matrices_ptr + i, value.to(matrices_ptr.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _pack_weights_kernel(
+    flat_ptr, index_ptr, taps_ptr, pairs_ptr, matrices_ptr, total,
+    BLOCK: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Program: BLOCK elements."""
+    first = tl.program_id(0) * BLOCK
+    _pack(
+        flat_ptr, index_ptr, taps_ptr, pairs_ptr, matrices_ptr, total, first, BLOCK, PAIRS
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,6 +70,9 @@ class Packed:
     taps: Tensor
     pairs: Tensor
     matrices: Tensor
+
+    def arrays(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.taps, self.pairs, self.matrices
 
 
 _indices: WeakKeyDictionary[Layout, dict[torch.device, Tensor]] = WeakKeyDictionary()
@@ -74,33 +91,50 @@ def _index(layout: Layout) -> Tensor:
     return index
 
 
+def index(weights: Weights) -> Tensor:
+    """``_index`` on the device of the weights, made once."""
+    by_device = _indices.setdefault(weights.layout, {})
+    device = weights.flat.device
+    if device not in by_device:
+        by_device[device] = _index(weights.layout).to(device)
+    return by_device[device]
+
+
+def room(total: int, storage: torch.dtype) -> int:
+    """float32 numbers that ``Packed`` takes."""
+    arrays = 2 if storage == torch.bfloat16 else 1
+    return arrays * total + -(-total * storage.itemsize // 4)
+
+
+def _within(kept: Tensor, total: int, storage: torch.dtype) -> Packed:
+    """``Packed`` in an array of ``room``."""
+    taps, rest = kept[:total], kept[total:]
+    pairs = taps
+    if storage == torch.bfloat16:
+        pairs, rest = rest[:total], rest[total:]
+    return Packed(taps, pairs, rest.view(storage)[:total])
+
+
 def packed(weights: Weights, storage: torch.dtype) -> Packed:
-    """The packed weights of a pass, made at their first use.
+    """The packed weights of a pass: those of a whole pass, or made at their first use.
 
     Args:
         weights: float32; no padding of channels may leave 9 or 25 input channels.
         storage: dtype of the arrays.
     """
+    total = weights.flat.numel()
+    if weights.kept.numel():
+        return _within(weights.kept, total, storage)
     found = _packed.get(weights)
     if found is None or found.matrices.dtype != storage:
-        found = _packed[weights] = _pack(weights, storage)
+        flat = weights.flat
+        found = _within(flat.new_empty(room(total, storage)), total, storage)
+        _packed[weights] = found
+        _pack_weights_kernel[(triton.cdiv(total, BLOCK),)](
+            flat, index(weights), found.taps, found.pairs, found.matrices, total, BLOCK=BLOCK,
+            PAIRS=storage == torch.bfloat16,
+        )  # fmt: skip
     return found
-
-
-def _pack(weights: Weights, storage: torch.dtype) -> Packed:
-    by_device = _indices.setdefault(weights.layout, {})
-    flat = weights.flat
-    if flat.device not in by_device:
-        by_device[flat.device] = _index(weights.layout).to(flat.device)
-    paired, taps = storage == torch.bfloat16, torch.empty_like(flat)
-    pairs = torch.empty_like(flat) if paired else taps
-    out = Packed(taps, pairs, torch.empty_like(flat, dtype=storage))
-    total = flat.numel()
-    _pack_weights_kernel[(triton.cdiv(total, _BLOCK),)](
-        flat, by_device[flat.device], *(out.taps, out.pairs, out.matrices), total, BLOCK=_BLOCK,
-        PAIRS=paired,
-    )  # fmt: skip
-    return out
 
 
 def _specialisations() -> list[Specialisation]:
@@ -119,10 +153,10 @@ def _specialisations() -> list[Specialisation]:
                         "matrices_ptr": f"*{storage}",
                         "total": "i32",
                     },
-                    constants={"BLOCK": _BLOCK, "PAIRS": storage == "bf16"},
+                    constants={"BLOCK": BLOCK, "PAIRS": storage == "bf16"},
                     divisible=("total",),
                     gathers=True,
-                    programs=triton.cdiv(weights, _BLOCK),
+                    programs=triton.cdiv(weights, BLOCK),
                     bytes=weights * {"fp32": 16, "fp16": 14, "bf16": 22}[storage],
                 )
             )

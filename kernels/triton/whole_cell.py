@@ -28,13 +28,14 @@ from .pointwise_backward import Side, pointwise_backward
 from .running import move_running
 from .weight_gradient import Reads, contract, weight_products
 from .weight_tasks import INPUT, LARGE, STACK, Division, make_division, make_task
+from .weights import room
 
 
 class Steps:
     """Kernels of a pass, each called with a call and its arrays, which ``record.py`` notes."""
 
     def preprocess(self, call: Call, arrays: Arrays, *rest: Any) -> None:
-        preprocess.one_by_one(call, arrays, *rest)
+        preprocess.one_by_one(call, arrays, *rest, pack=True)
 
     def fold(
         self, call: Call, arrays: Arrays, partials: Tensor, norms: Norms, table: Tensor, count: int
@@ -92,6 +93,9 @@ class TritonCell:
 
     def extra_slots(self, plan: Plan) -> int:
         return cell_tables.of(plan.key).num_kept
+
+    def extra_weights(self, total: int, dtype: torch.dtype) -> int:
+        return room(total, dtype)
 
     def forward(
         self, plan: Plan, saved: Saved, arrays: Arrays, alphas: Tensor, stats: Tensor
