@@ -46,6 +46,29 @@ def _bits(word, place: tl.constexpr, count: tl.constexpr):
     return (word >> place) & ((1 << count) - 1)
 
 
+@triton.jit
+def _sum_of_products(
+    x, m_x, x_image, g, g_pixel, y, m_y, y_image, c0, c1, c2, first, last,
+    C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, RELU: tl.constexpr,
+    PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """sum r' dy over images. x, g, y: pointers into image 0. RELU: x is not rectified yet."""
+    STORAGE: tl.constexpr = x.dtype.element_ty
+    acc = tl.zeros([BLOCK_K, BLOCK_N], dtype=tl.float32)
+    image = first.to(tl.int64)
+    for _ in range(first, last):
+        r = tl.load(x + image * x_image, mask=m_x, other=0.0)
+        if RELU:
+            r = tl.maximum(r.to(tl.float32), 0.0).to(STORAGE)
+        ours = image * y_image
+        dy = tl.load(g + ours * g_pixel, mask=m_y, other=0.0).to(tl.float32) * c0
+        dy += tl.load(y + ours * C, mask=m_y, other=0.0).to(tl.float32) * c1 + c2
+        dy = dy.to(STORAGE).to(OPERAND)
+        acc = tl.dot(tl.trans(r.to(OPERAND)), dy, acc, input_precision=PRECISION)
+        image += 1
+    return acc
+
+
 @triton.jit(do_not_specialize=["N", "chunk"])
 def _weight_products_kernel(
     g0_ptr, g1_ptr, g2_ptr, g3_ptr, half_ptr, y_ptr, stack_ptr, large_ptr,
@@ -63,7 +86,7 @@ def _weight_products_kernel(
     items, geometry, rest = tl.load(table), tl.load(table + 1), tl.load(table + 2)
     task = tasks_ptr + _bits(rest, 12, 4) * 16
     flags, width = tl.load(task), tl.multiple_of(tl.load(task + 1), 16)
-    source, is_raw, stride = _bits(flags, 0, 2), _bits(flags, 2, 1), _bits(flags, 3, 2)
+    source, stride = _bits(flags, 0, 2), _bits(flags, 3, 2)
     x_pixel = tl.multiple_of(tl.load(task + 2), 16)
     before, after = tl.load(task + 3), tl.load(task + 4)
     H, W, H_OUT, W_OUT = (
@@ -104,19 +127,18 @@ def _weight_products_kernel(
     y += _bits(items, 10, 10).to(tl.int64) * y_slot + p[:, None] * C + c[None, :]
     g = g_ptr + p[:, None] * g_pixel + c[None, :]
     c0, c1, c2 = load_coefficients(coef_ptr, _bits(items, 0, 10), c, m_c, C)
-    STORAGE: tl.constexpr = stack_ptr.dtype.element_ty
-    acc = tl.zeros([BLOCK_K, BLOCK_N], dtype=tl.float32)
-    image = first.to(tl.int64)
-    for _ in range(first, tl.minimum(first + chunk, N)):
-        r = tl.load(x + image * x_image, mask=m_x, other=0.0)
-        if is_raw != 0:  # not rectified yet
-            r = tl.maximum(r.to(tl.float32), 0.0).to(STORAGE)
-        ours = image * (H_OUT * W_OUT)
-        dy = tl.load(g + ours * g_pixel, mask=m_y, other=0.0).to(tl.float32) * c0
-        dy += tl.load(y + ours * C, mask=m_y, other=0.0).to(tl.float32) * c1 + c2
-        dy = dy.to(STORAGE).to(OPERAND)
-        acc = tl.dot(tl.trans(r.to(OPERAND)), dy, acc, input_precision=PRECISION)
-        image += 1
+    last = tl.minimum(first + chunk, N)
+    y_image = H_OUT * W_OUT
+    if _bits(flags, 2, 1):
+        acc = _sum_of_products(
+            x, m_x, x_image, g, g_pixel, y, m_y, y_image, c0, c1, c2, first, last,
+            C, BLOCK_K, BLOCK_N, True, PRECISION, OPERAND,
+        )  # fmt: skip
+    else:
+        acc = _sum_of_products(
+            x, m_x, x_image, g, g_pixel, y, m_y, y_image, c0, c1, c2, first, last,
+            C, BLOCK_K, BLOCK_N, False, PRECISION, OPERAND,
+        )  # fmt: skip
     # Vectors of a channel, one a part, follow one another.
     rows = k // CB * tl.where(blocks == 1, CB, width) + k % CB
     vectors = tl.load(table + 3) + rows.to(tl.int64) * tl.load(task + 5)
