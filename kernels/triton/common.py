@@ -54,7 +54,6 @@ _OTHERS = {
     plan.POINTWISE: POINTWISE,
     plan.SKIP: SKIP,
 }
-STENCILS = (CONV_3, CONV_5, CONV_3_DILATED, CONV_5_DILATED, MAX_POOL, AVG_POOL)
 
 _tables: WeakKeyDictionary[Call, dict[tuple[object, ...], Tensor]] = WeakKeyDictionary()
 

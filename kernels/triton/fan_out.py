@@ -29,10 +29,10 @@ from .stencil import _convolve, _pool, _product_and_moments
 from .weights import packed
 
 
-@triton.jit(do_not_specialize=["N", "H", "W", "H_OUT", "W_OUT", "tiles"])
+@triton.jit(do_not_specialize=["N", "H", "W", "H_OUT", "W_OUT", "tiles", "half"])
 def _fan_out_kernel(
     x_ptr, x1_ptr, stack_ptr, y_ptr, taps_ptr, matrices_ptr, partials_ptr, table_ptr,
-    x_pixel, stack_slot, y_slot, N, H, W, H_OUT, W_OUT, tiles,
+    x_pixel, stack_slot, y_slot, N, H, W, H_OUT, W_OUT, tiles, half,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SECOND: tl.constexpr, PRECISION: tl.constexpr,
     OPERAND: tl.constexpr, ROWS: tl.constexpr,
@@ -92,8 +92,9 @@ def _fan_out_kernel(
         spacing = 2
     tl.debug_barrier()  # rows are read below by other threads than wrote them
     _product_and_moments(
-        y, matrix, partial, tile, spacing, kind < 4, N, H_OUT, W_OUT,
-        C, BLOCK_C, BLOCK_P, BLOCK_M, BLOCK_K, PRECISION, OPERAND, ROWS,
+        y, matrix, partial, tile, spacing, (kind < 4) | (kind == 6), N, H_OUT, W_OUT,
+        state, x_pixel, H, W, half, kind == 6,
+        C, BLOCK_C, BLOCK_P, BLOCK_M, BLOCK_K, RELU, PRECISION, OPERAND, ROWS,
     )  # fmt: skip
 
 
@@ -166,6 +167,7 @@ def _launch(
         *x.shape[:3],
         *y.shape[2:4],
         partials.shape[1],
+        arrays.channels // 2,
         C=channels,
         STRIDE=stride,
         SECOND=second,
@@ -175,15 +177,21 @@ def _launch(
     )
 
 
-def empty_partials(items: int, y: Tensor) -> Tensor:
-    """Room for the moments of tiles of arrays like those in y."""
+def empty_partials(call: Call, y: Tensor) -> Tensor:
+    """Room for the moments of tiles of a call's arrays, which are like those in y."""
     storage = common.STORAGE[y.dtype]
-    chosen = settings(storage, y.shape[-1], is_blackwell(y.device))
-    tiles = max(
-        count_tiles(y.shape[1:], chosen["BLOCK_P"], chosen["ROWS"]),
-        preprocess.count_tiles(y.shape[1:], storage),
-    )
-    return y.new_empty((items, tiles, 3, y.shape[-1]), dtype=torch.float32)
+    if _is_preprocessing(call):
+        tiles = preprocess.count_tiles(y.shape[1:], storage)
+    else:
+        chosen = settings(storage, y.shape[-1], is_blackwell(y.device))
+        tiles = count_tiles(y.shape[1:], chosen["BLOCK_P"], chosen["ROWS"])
+    return y.new_empty((len(call.items), tiles, 3, y.shape[-1]), dtype=torch.float32)
+
+
+def _is_preprocessing(call: Call) -> bool:
+    """Whether ``preprocess`` has the kernel: input channels may be others than those of y."""
+    kinds = {common.kind(item) for item in call.items}
+    return kinds <= {common.POINTWISE, common.FACTORIZED}
 
 
 def leaving(
@@ -204,10 +212,12 @@ def leaving(
         places: With stride 1, where in ``stack`` relu of the state of every item is.
         stack: ``[.., N, H, W, C]``.
     """
-    table = common.table(call, arrays, common.STENCILS, changed={"input": places})
-    if table is not None:
-        _launch(table, arrays, (x, other), stack, partials, call.items[0].stride, False)
-    preprocess.one_by_one(call, arrays, (x, other), partials)
+    if _is_preprocessing(call):
+        preprocess.one_by_one(call, arrays, (x, other), partials)
+        return
+    table = common.table(call, arrays, changed={"input": places})
+    assert table is not None
+    _launch(table, arrays, (x, other), stack, partials, call.items[0].stride, False)
 
 
 def second_halves(
@@ -238,7 +248,7 @@ def fan_out(call: Call, arrays: Arrays, x: Tensor, sums: Tensor) -> None:
     """``interface.Backend.fan_out``."""
     common.check_storage(arrays.y)
     items, y = call.items, arrays.y
-    partials = empty_partials(len(items), y)
+    partials = empty_partials(call, y)
     reads = any(item.depthwise >= 0 and item.stride == 1 for item in items)
     stack = x.relu().contiguous()[None] if reads else y
     leaving(call, arrays, x, partials, x, (0,) * len(items), stack)
@@ -248,7 +258,7 @@ def fan_out(call: Call, arrays: Arrays, x: Tensor, sums: Tensor) -> None:
 def mid(call: Call, arrays: Arrays, scale: Tensor, shift: Tensor, sums: Tensor) -> None:
     """``interface.Backend.mid``."""
     items, y = len(call.items), arrays.y
-    partials = empty_partials(items, y)
+    partials = empty_partials(call, y)
     stack = y.new_empty((items, *y.shape[1:]))
     second_halves(call, arrays, scale, shift, partials, tuple(range(items)), stack)
     fold(partials, sums)
@@ -279,12 +289,13 @@ def _specialisation(
     tiles = count_tiles(shape, chosen["BLOCK_P"], chosen["ROWS"])
     taps = [9, 25] if second else [9, 25, 9, 25]
     edges = 4
-    items = edges * len(taps) + (0 if second else 2)
+    reduces = edges if stride == 2 else 0
+    items = edges * len(taps) + (0 if second else 2) + reduces
     pixels, width = 96 * size * size, 4 if data == "fp32" else 2
     read = (edges * len(taps) if second else 1) * stride * stride
     pointers = ("x_ptr", "x1_ptr", "stack_ptr", "y_ptr", "matrices_ptr")
     strides = ("x_pixel", "stack_slot", "y_slot")
-    sizes = ("N", "H", "W", "H_OUT", "W_OUT", "tiles")
+    sizes = ("N", "H", "W", "H_OUT", "W_OUT", "tiles", "half")
     return Specialisation(
         shape=shape,
         storage=storage,
@@ -310,7 +321,7 @@ def _specialisation(
         programs=items * tiles,
         bytes=pixels * channels * width * (items + read),
         stencil_flops=2 * pixels * channels * (edges * sum(taps) + (0 if second else 18)),
-        product_flops=2 * pixels * channels * channels * edges * len(taps),
+        product_flops=2 * pixels * channels * channels * (edges * len(taps) + 2 * reduces),
         trips=sum(t**0.5 for t in taps) / len(taps),
         note="second halves" if second else f"stride {stride}",
         product=True,

@@ -146,18 +146,16 @@ def one_by_one(
     *,
     pack: bool = False,
 ) -> None:
-    """Those items of ``fan_out`` that are 1x1 convolutions; they read the weights as they are.
+    """``fan_out`` of items that all are 1x1 convolutions; they read the weights as they are.
 
     Args:
         inputs: What items read that leave any source but 1, and what those of source 1 read.
-        partials: float32 ``[n, tiles, 3, C]``; rows of these items are written, tiles that they
-            do not have with zeros.
+        partials: float32 ``[n, tiles, 3, C]``, written.
         outputs: Where items of either kind are written, if not to ``arrays.y``: a stack each.
         pack: Packs the weights of the cell too, into ``arrays.weights.kept``.
     """
-    table = common.table(call, arrays, (common.POINTWISE, common.FACTORIZED))
-    if table is None:
-        return
+    table = common.table(call, arrays)
+    assert table is not None
     y, y1 = outputs or (arrays.y, arrays.y)
     widths = [x.shape[-1] for x in inputs]
     reduces = [item for item in call.items if common.kind(item) == common.FACTORIZED]

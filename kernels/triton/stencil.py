@@ -131,12 +131,43 @@ def _write_rows(
 
 
 @triton.jit
+def _product(
+    value, z, matrix_ptr, inside, m_c, rectify,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, RELU: tl.constexpr,
+    PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """value + z W^T for the output channels m_c. z: pointers to pixels; RELU: some to rectify."""
+    c = tl.arange(0, BLOCK_C)
+    for start in range(0, BLOCK_C, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        m_k = k < C
+        rows = tl.load(z[:, None] + k[None, :], mask=inside[:, None] & m_k[None, :], other=0.0)
+        if RELU:  # noqa: SIM102
+            if rectify:
+                rows = tl.maximum(rows.to(tl.float32), 0.0).to(z.dtype.element_ty)
+        # [C in, C out]: the matrix is stored [C out, C in].
+        matrix = tl.load(
+            matrix_ptr + c[None, :] * C + k[:, None],
+            mask=m_c[None, :] & m_k[:, None],
+            other=0.0,
+        )
+        value = tl.dot(rows.to(OPERAND), matrix.to(OPERAND), value, input_precision=PRECISION)
+    return value
+
+
+@triton.jit
 def _product_and_moments(
     y_ptr, matrix_ptr, partial_ptr, tile, spacing, has_product, N, H_OUT, W_OUT,
+    x_ptr, x_pixel, H, W, half, is_reduce,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr, REDUCES: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """y = W z in place, BLOCK_M pixels at a time, and the moments of y as it is stored."""
+    """y = W z in place, BLOCK_M pixels at a time, and the moments of y as it is stored.
+
+    REDUCES: items may be factorized reduces, whose z is relu of the even pixels of x for the first
+    ``half`` channels of y, of the odd pixels for the others.
+    """
     c = tl.arange(0, BLOCK_C)
     m_c = c < C
     count = 0.0
@@ -153,21 +184,24 @@ def _product_and_moments(
         y = y_ptr + place[:, None] + c[None, :]
         if has_product:
             value = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
-            for start in range(0, BLOCK_C, BLOCK_K):
-                k = start + tl.arange(0, BLOCK_K)
-                m_k = k < C
-                z = tl.load(
-                    y_ptr + place[:, None] + k[None, :],
-                    mask=inside[:, None] & m_k[None, :],
-                    other=0.0,
-                )
-                # [C in, C out]: the matrix is stored [C out, C in].
-                matrix = tl.load(
-                    matrix_ptr + c[None, :] * C + k[:, None],
-                    mask=m_c[None, :] & m_k[:, None],
-                    other=0.0,
-                )
-                value = tl.dot(z.to(OPERAND), matrix.to(OPERAND), value, input_precision=PRECISION)
+            if REDUCES:
+                parts, split = 1, C
+                z_ptr, z_place, m_odd = y_ptr, place, inside
+                if is_reduce:
+                    parts, split, z_ptr = 2, half, x_ptr
+                    z_place = ((n.to(tl.int64) * H + 2 * row) * W + 2 * w) * x_pixel
+                    m_odd = inside & (2 * row + 1 < H) & (2 * w + 1 < W)
+                for part in range(parts):
+                    value = _product(
+                        value, z_ptr + z_place + part * (W + 1) * x_pixel, matrix_ptr,
+                        inside & ((part == 0) | m_odd), m_c & ((c < split) == (part == 0)),
+                        is_reduce, C, BLOCK_C, BLOCK_K, True, PRECISION, OPERAND,
+                    )  # fmt: skip
+            else:
+                value = _product(
+                    value, y_ptr + place, matrix_ptr, inside, m_c, False,
+                    C, BLOCK_C, BLOCK_K, False, PRECISION, OPERAND,
+                )  # fmt: skip
             stored = value.to(y_ptr.dtype.element_ty)
             tl.debug_barrier()  # all have read what is overwritten now
             tl.store(y, stored, mask=m)

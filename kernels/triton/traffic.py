@@ -69,19 +69,18 @@ def _packing(launch: Launch) -> int:
 def _forward(launch: Launch, array: int) -> int | None:
     name, items = launch.name, [] if launch.call is None else launch.call.items
     if name == "fan_out":
-        stencils = [item for item in items if item.kind != plan.FACTORIZED]
-        written = _whole(launch, "partials_ptr") + len(stencils) * array
+        written = _whole(launch, "partials_ptr") + len(items) * array
         if launch.values["SECOND"]:
-            return len(stencils) * array + written
+            return len(items) * array + written
         if launch.values["STRIDE"] == 2:
             return _states(launch) + written
         # States for pools, relu of them for convolutions.
-        return len({(item.source, item.kind == plan.CONV) for item in stencils}) * array + written
+        return len({(item.source, item.kind == plan.CONV) for item in items}) * array + written
     if name == "one_by_one":
         return (
             _states(launch)
             + _whole(launch, "partials_ptr")
-            + array * sum(item.kind in (plan.FACTORIZED, plan.POINTWISE) for item in items)
+            + array * len(items)
             + (_packing(launch) if launch.values["PACK"] else 0)
         )
     if name == "affine":

@@ -139,7 +139,8 @@ class Division:
         chunk: Images that a program goes through.
         contraction: Table of ``weight_gradients``.
         vectors: Rows of C partial sums.
-        iterations: Tiles that all programs go through, for the time model.
+        iterations, raw: Tiles that all programs go through, and those that they rectify; for the
+            time model.
         width: Of the widest inputs.
     """
 
@@ -150,6 +151,7 @@ class Division:
     chunk: int
     vectors: int
     iterations: int
+    raw: int
     width: int
 
 
@@ -240,6 +242,7 @@ def divide(
     units = sum(len(ours) * n for ours, n in zip(rows, tiles, strict=True))
     chunk = triton.cdiv(images, min(images, triton.cdiv(_PROGRAMS, units)))
     programs: list[list[int]] = []
+    raw = 0
     heads: list[list[int]] = []
     contraction: list[list[int]] = []
     begin = 0
@@ -252,6 +255,7 @@ def divide(
             programs += [
                 row.words(number, tile, image, begin + row.vector * parts + part) for row in ours
             ]
+        raw += parts * len(ours) * chunk * (not task.rectified)
         heads.append([
             _word((task.source, 2), (int(not task.rectified), 1), (stride, 2)), width, task.pixel,
             _word((height, 15), (across, 16)), _word((task.size[0], 15), (task.size[1], 16)), parts,
@@ -263,7 +267,7 @@ def divide(
             begin += item.taps * width * parts
     widest = max(task.shape[-1] for task in tasks)
     return Division(
-        chosen, programs, heads, contraction, chunk, begin, len(programs) * chunk, widest
+        chosen, programs, heads, contraction, chunk, begin, len(programs) * chunk, raw, widest
     )
 
 

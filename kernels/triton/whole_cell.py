@@ -170,7 +170,7 @@ class _Forward(_Pass):
 
     def _preprocess(self) -> None:
         tables = self.tables
-        partials = fan_out.empty_partials(2, self.saved.states[0][None])
+        partials = fan_out.empty_partials(tables.inputs, self.saved.states[0][None])
         arrays, states = self.input_arrays(0), self.saved.states
         outputs = (states[0][None], states[1][None])
         self.steps.preprocess(tables.inputs, arrays, self.saved.inputs, partials, outputs)
@@ -188,12 +188,12 @@ class _Forward(_Pass):
         first, second = tables.leave[number], tables.second[number]
         x, other = states[sources[0]], states[sources[-1]]
         if first.items:
-            partials = fan_out.empty_partials(len(first.items), self.saved.slots)
+            partials = fan_out.empty_partials(first, self.saved.slots)
             kept, slots = tables.kept_states(first), self.saved.slots
             self.steps.leave(first, self.arrays, x, partials, other, kept, slots)
             self._fold(first, partials)
         if second.items:
-            partials = fan_out.empty_partials(len(second.items), self.saved.slots)
+            partials = fan_out.empty_partials(second, self.saved.slots)
             span, slots = tables.second_spans[number], self.saved.slots
             scale = self.norms.scales[span.begin : span.end]
             shift = self.norms.shifts[span.begin : span.end]

@@ -43,10 +43,10 @@ def multiply_adds(launch: Launch) -> int:
     return _pixels(launch) * taps
 
 
-def iterations(launch: Launch) -> int:
-    """Tiles that all programs of ``weight_products`` go through."""
+def iterations(launch: Launch) -> tuple[int, int]:
+    """Tiles that all programs of ``weight_products`` go through: not yet rectified, and others."""
     division = next(one for one in launch.arguments if isinstance(one, Division))
-    return division.iterations * launch.grid[1]
+    return division.raw * launch.grid[1], (division.iterations - division.raw) * launch.grid[1]
 
 
 def product_flops(launch: Launch) -> float:
@@ -54,19 +54,19 @@ def product_flops(launch: Launch) -> float:
     values = launch.values
     if launch.name == "weight_products":
         tile = values["BLOCK_K"] * values["BLOCK_P"] * values["BLOCK_N"]
-        return 2.0 * iterations(launch) * tile
+        return 2.0 * sum(iterations(launch)) * tile
     items = [] if launch.call is None else launch.call.items
     convolutions = sum(item.kind == plan.CONV for item in items)
     channels = launch.size[-1]
     if launch.name in ("fan_out", "output_gradient"):
-        return 2.0 * _pixels(launch) * channels * convolutions
+        reduces = sum(item.kind == plan.FACTORIZED for item in items)
+        return 2.0 * _pixels(launch) * channels * (convolutions + 2 * reduces)
     if launch.name in ("pointwise_backward", "one_by_one"):
         widths = ("CX", "CX1") if launch.name == "pointwise_backward" else ("C_IN", "C_IN1")
         # A factorized reduce is two products, of even and of odd pixels.
         depths = [
             values[widths[item.source == 1 and len(items) > 1]] * (1 + item.stride // 2)
             for item in items
-            if item.kind in (plan.POINTWISE, plan.FACTORIZED)
         ]
         return 2.0 * _pixels(launch) * sum(depths)
     return 0.0
@@ -100,9 +100,11 @@ def slots(launch: Launch) -> float:
         density = stencil_density(loops(launch))
         return warps * PROLOGUE + multiply_adds(launch) / LANES * density
     if launch.name == "weight_products":
-        body = max(length for length, _ in loops(launch))
-        warps_each = int(launch.options.get("num_warps", 4))
-        return float(warps * PROLOGUE + iterations(launch) * warps_each * body)
+        # One loop for rectified inputs, and a longer one for those that it rectifies.
+        bodies = sorted(length for length, _ in loops(launch))
+        raw, others = iterations(launch)
+        each = int(launch.options.get("num_warps", 4))
+        return float(warps * PROLOGUE + each * (others * bodies[0] + raw * bodies[-1]))
     return warps * PROLOGUE / 4 + traffic(launch) / ACCESS * SLOTS_PER_ACCESS
 
 
