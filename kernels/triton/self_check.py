@@ -108,10 +108,8 @@ class Sample:
 
     def arrays(self, device: torch.device, dtype: torch.dtype) -> Arrays:
         """Copies on a device in a storage dtype."""
-        weights = Weights.__new__(Weights)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        weights.layout, weights.flat = self.layout, self.flat.to(device, wide)
-        weights.grad = torch.zeros_like(weights.flat)
+        weights = Weights(self.layout, self.flat.to(device, wide), wide, want_gradients=True)
 
         def put(x: Tensor) -> Tensor:
             return x.to(device, dtype, copy=True)

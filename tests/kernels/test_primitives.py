@@ -97,9 +97,7 @@ class Bench:
 
 
 def _weights(where: Any, flat: Tensor) -> Weights:
-    weights = Weights.__new__(Weights)
-    weights.layout, weights.flat, weights.grad = where, flat, None
-    return weights
+    return Weights(where, flat, flat.dtype, want_gradients=False)
 
 
 Run = Callable[[Any, Arrays, Callable[[Tensor], Tensor]], dict[str, Tensor]]
