@@ -34,6 +34,9 @@ _DEVICE_TYPE = {"cpu": "cpu", "triton": "cuda"}
 # Best first, for device types that have more than the reference.
 _PREFERENCE = {"cpu": ("cpu", REFERENCE), "cuda": ("triton", REFERENCE)}
 
+# Channels of the widest cell that a backend has kernels for, a multiple of 16.
+MAX_CHANNELS = {"triton": 64}
+
 _logged: set[str] = set()
 
 
@@ -95,18 +98,28 @@ def _log_choice(chosen: str, device_type: str, why: str) -> None:
         logger.info(line)
 
 
-def resolve(name: str, device: torch.device | str) -> str:
+def _too_wide(name: str, channels: int) -> str:
+    """What keeps a backend from running cells of so many channels; empty if nothing does."""
+    most = MAX_CHANNELS.get(name, channels)
+    if channels <= most:
+        return ""
+    return f"its kernels take cells of at most {most} channels, not {channels}"
+
+
+def resolve(name: str, device: torch.device | str, channels: int = 1) -> str:
     """The backend that runs on a device; logs it once.
 
     Args:
         name: ``auto`` for the best usable one, or a backend's name.
         device: Where the supernet's parameters lie.
+        channels: C of the widest cell.
 
     Returns:
         One of ``NAMES``.
 
     Raises:
-        UsageError: No such backend, it is not usable, or it does not serve this device.
+        UsageError: No such backend, it is not usable, or it does not serve this device or
+            these channels.
     """
     device_type = str(device).partition(":")[0]
     check(name)
@@ -117,14 +130,21 @@ def resolve(name: str, device: torch.device | str) -> str:
                 f"--backend {name} runs on device {served}, the network is on {device_type}; "
                 f"use --backend {AUTO} or move the network"
             )
+        too_wide = _too_wide(name, channels)
+        if too_wide:
+            raise UsageError(f"--backend {name}: {too_wide}; use --backend {AUTO}")
         _log_choice(name, device_type, "asked for by name")
         return name
     passed_over: list[str] = []
     for candidate in _PREFERENCE.get(device_type, ()):
         found = _availability(candidate)
-        if found.usable:
+        too_wide = _too_wide(candidate, channels) if found.usable else ""
+        if too_wide:
+            passed_over.append(f"{candidate} is left out: {too_wide}")
+        elif found.usable:
             _log_choice(candidate, device_type, "; ".join([found.reason, *passed_over]))
             return candidate
-        passed_over.append(f"{candidate} is unusable: {found.reason}")
+        else:
+            passed_over.append(f"{candidate} is unusable: {found.reason}")
     _log_choice(REFERENCE, device_type, "; ".join(["the only backend there", *passed_over]))
     return REFERENCE

@@ -199,7 +199,8 @@ class _DerivedNetwork(nn.Module):
     def _use_backend_of(self, device_type: str) -> None:
         """Resolves the backend once a device type, so ``.cuda()`` after building may change it."""
         if device_type not in self._backend_of_device:
-            chosen = choice.resolve(self._requested_backend, device_type)
+            widest = max(cell.C for cell in self.cells if isinstance(cell, Cell))
+            chosen = choice.resolve(self._requested_backend, device_type, widest)
             self._backend_of_device[device_type] = chosen
         chosen = self._backend_of_device[device_type]
         for cell in self.cells:

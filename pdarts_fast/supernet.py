@@ -348,7 +348,8 @@ class Network(nn.Module):
         While a graph is traced this runs outside of it.
         """
         if device_type not in self._backend_of_device:
-            chosen = backends.resolve(self._requested_backend, device_type)
+            widest = max(cast(Cell, cell).C for cell in self.cells)
+            chosen = backends.resolve(self._requested_backend, device_type, widest)
             self._backend_of_device[device_type] = chosen
         chosen = self._backend_of_device[device_type]
         for cell in self.cells:

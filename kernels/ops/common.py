@@ -24,13 +24,13 @@ def check_images(x: Tensor, name: str) -> None:
 
 
 @torch.compiler.assume_constant_result
-def resolve(name: str, device: torch.device) -> str:
+def resolve(name: str, device: torch.device, channels: int) -> str:
     """The backend of an op's call, registered.
 
     Raises:
-        UsageError: It does not exist, is not usable, or does not serve the device.
+        UsageError: It does not exist, is not usable, or does not serve the device or channels.
     """
-    chosen = backends.resolve(name, device)
+    chosen = backends.resolve(name, device, channels)
     if chosen != backends.REFERENCE:
         backends.load(chosen).register()
     return chosen

@@ -235,5 +235,5 @@ def weighted_sum(outputs: Sequence[Tensor], weights: Tensor, *, backend: str = "
             f"of {weights.dtype}"
         )
     return torch.ops.pdarts_fast.weighted_sum(
-        outputs, weights, common.resolve(backend, outputs[0].device)
+        outputs, weights, common.resolve(backend, outputs[0].device, outputs[0].shape[1])
     )

@@ -253,7 +253,8 @@ def _run(
     states = [n if isinstance(n, NormState) else NormState.of(n) for n in norms]
     x = common.in_autocast(x)
     _check(x, weights, states, stride, dilation, training)
-    chosen = common.resolve(backend, x.device)
+    widest = max(weight.shape[0] for weight in weights)
+    chosen = common.resolve(backend, x.device, widest)
     gains = [g for state in states for g in (state.weight, state.bias) if g is not None]
     running = [b for state in states for b in (state.running_mean, state.running_var)]
     out, _, _, _, stats = torch.ops.pdarts_fast.separable(

@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from .. import plan
+from ..backends import MAX_CHANNELS
 from ..calls import Call, Item
 from ..interface import Arrays
 
@@ -163,8 +164,18 @@ def check_storage(x: Tensor) -> None:
     """
     if x.dtype not in STORAGE:
         raise ValueError(f"Triton kernels store float32, bfloat16 or float16, got {x.dtype}")
+    if x.shape[-1] > MAX_CHANNELS["triton"]:
+        raise ValueError(
+            f"Triton kernels take at most {MAX_CHANNELS['triton']} channels, got {x.shape[-1]}: "
+            "use backend reference"
+        )
     if x.shape[-1] % 16:
         raise ValueError(f"Triton kernels take channels in multiples of 16, got {x.shape[-1]}")
+    check_size(x)
+
+
+def check_size(x: Tensor) -> None:
+    """The last of those, of arrays that may have more channels: inputs of cells."""
     if x.shape[-4:].numel() >= 2**31:
         raise ValueError(
             f"Triton kernels take arrays of fewer than 2**31 elements, got {tuple(x.shape[-4:])}: "

@@ -131,8 +131,9 @@ class _Pass:
     def __init__(
         self, steps: Steps, plan: Plan, saved: Saved, arrays: Arrays, alphas: Tensor
     ) -> None:
-        for array in (saved.slots, *saved.inputs):
-            common.check_storage(array)
+        common.check_storage(saved.slots)
+        for array in saved.inputs:
+            common.check_size(array)
         self.steps, self.plan, self.saved, self.arrays = steps, plan, saved, arrays
         self.tables: CellTables = cell_tables.of(plan.key)
         self.calls = self.tables.calls

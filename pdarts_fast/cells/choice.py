@@ -20,19 +20,20 @@ _LEAST_ELEMENTS = {True: 40_000, False: 180_000}
 
 
 @torch.compiler.assume_constant_result
-def resolve(name: str, device_type: str) -> str:
+def resolve(name: str, device_type: str, channels: int) -> str:
     """The backend of the cells on a device; logs it once.
 
     Args:
         name: ``auto`` or a name of ``backends.NAMES``.
         device_type: Of the network's parameters.
+        channels: Of its widest cell.
 
     Raises:
-        UsageError: It does not exist, is not usable, or does not serve this device.
+        UsageError: It does not exist, is not usable, or does not serve this device or width.
     """
     if name == backends.REFERENCE or (name == backends.AUTO and device_type not in _MEASURED):
         return backends.REFERENCE
-    chosen = backends.resolve(name, device_type)
+    chosen = backends.resolve(name, device_type, channels)
     if chosen != backends.REFERENCE:
         backends.load(chosen).register()
     return chosen

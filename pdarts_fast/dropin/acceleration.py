@@ -61,7 +61,9 @@ class _Holder:
     def backend(self, device: torch.device) -> str:
         """What runs cells on a device."""
         if device.type not in self.backend_of:
-            self.backend_of[device.type] = backends.resolve(self.settings.backend, device)
+            channels = 1 if self.recipe is None else self.recipe.plan.channels
+            chosen = backends.resolve(self.settings.backend, device, channels)
+            self.backend_of[device.type] = chosen
         return self.backend_of[device.type]
 
 

@@ -346,7 +346,7 @@ def test_backends_are_checked_and_said_once(
 
     with pytest.raises(UsageError, match="--backend nonesuch"):
         network("nonesuch")
-    assert choice.resolve("auto", "meta") == backends.REFERENCE
+    assert choice.resolve("auto", "meta", 36) == backends.REFERENCE
     assert network("reference").cells[0].backend == backends.REFERENCE
 
 

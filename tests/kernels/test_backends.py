@@ -113,6 +113,18 @@ def test_what_cannot_run_is_refused_by_name(
     assert "\n" not in str(error.value)
 
 
+def test_cells_too_wide_for_a_backend_run_on_the_next(
+    plugged: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    plugged(triton=Availability(True, "sm_90"))
+    assert backends.resolve("auto", "cuda", 64) == "triton"
+    with caplog.at_level(logging.INFO, logger=backends.__name__):
+        assert backends.resolve("auto", "cuda", 144) == "reference"
+    assert "triton is left out: its kernels take cells of at most 64 channels" in caplog.text
+    with pytest.raises(UsageError, match=r"--backend triton: .* at most 64 channels, not 144"):
+        backends.resolve("triton", "cuda", 144)
+
+
 def test_the_registry_imports_no_torch() -> None:
     program = (
         "import sys; import pdarts_fast.kernels.backends as b; b.resolve('reference', 'cpu');"
