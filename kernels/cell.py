@@ -107,7 +107,7 @@ def run(backend: str, cell: nn.Module, s0: Tensor, s1: Tensor, alphas: Tensor) -
     traced = _traced(s1)
     if traced:
         operator = torch.ops.pdarts_fast.cell_forward
-        out, *_, batch_moments, _ = operator(s0, s1, alphas, weights, read, *settings)
+        out, *_, batch_moments, _, _ = operator(s0, s1, alphas, weights, read, *settings)
     else:
         out, batch_moments = EagerCell.apply(s0, s1, alphas, read, *settings, *weights)
     if cell.training:

@@ -105,7 +105,9 @@ def _running_moments(plan: Plan, running: list[Tensor], channels: int) -> Tensor
 
 
 Empty = Callable[[tuple[int, ...], Tensor, torch.dtype], Tensor]
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Outputs = tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]
 
 
 def _fake_empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -122,8 +124,8 @@ def _empty_outputs(
     training: bool,
     empty: Empty,
     whole: WholeCell | None,
-) -> Outputs:
-    """Arrays for the results of ``cell_forward``, uninitialised, from ``empty``."""
+) -> list[Tensor]:
+    """Arrays for all results of ``cell_forward`` but the last, uninitialised, from ``empty``."""
     batch, height, width = _output_size(plan, s1)
     channels = backend.channels(plan.channels)
     depths = [backend.channels(count) for count in plan.in_channels]
@@ -147,7 +149,7 @@ def _empty_outputs(
         out = empty(shape, s1, dtype).permute(0, 3, 1, 2)
     rate = s1.new_empty(1, dtype=torch.float32)
     stats = torch.empty_like(norms)
-    return (out, *copies, *states, nodes, slots, norms, stats, rate)  # type: ignore[return-value]
+    return [out, *copies, *states, nodes, slots, norms, stats, rate]
 
 
 def _saved(s0: Tensor, s1: Tensor, outputs: Sequence[Tensor]) -> Saved:
@@ -166,12 +168,12 @@ def _arrays(
     plan: Plan,
     primitives: Backend,
     saved: Saved,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor] | Tensor,
     dropout: tuple[Tensor, Tensor],
     training: bool,
     want_gradients: bool,
 ) -> Arrays:
-    """What the primitives work on; ``dropout`` is rate and state."""
+    """What the primitives work on; ``weights`` as of ``Weights``, ``dropout`` is rate and state."""
     depths = (saved.inputs[0].shape[-1], saved.inputs[1].shape[-1])
     where = layout(plan.key, saved.slots.shape[-1], depths)
     dtype = primitives.coefficient_dtype(saved.slots.dtype)
@@ -207,7 +209,7 @@ def forward_pass(
     training: bool,
     dtype: torch.dtype,
 ) -> Outputs:
-    """A cell of the plan ``key``: output, then what the backward pass reads (``_saved``)."""
+    """A cell of the plan ``key``: output, what backward reads (``_saved``), flat weights."""
     plan, primitives = plans.from_key(key), primitives_for(backend, dtype)
     whole = whole_cell(backend, dtype)
     outputs = _empty_outputs(plan, primitives, s0, s1, dtype, training, primitives.empty, whole)
@@ -227,7 +229,7 @@ def forward_pass(
         Forward(primitives, plan, saved, arrays, alphas).run(outputs[8])
     if not _whole_output(plan, channels):
         _write_output(plan, saved.nodes, outputs[0])
-    return outputs
+    return (*outputs, arrays.weights.flat)  # type: ignore[return-value]
 
 
 cell_forward = torch.library.custom_op("pdarts_fast::cell_forward", forward_pass, mutates_args=())
@@ -237,7 +239,10 @@ cell_forward = torch.library.custom_op("pdarts_fast::cell_forward", forward_pass
 def _(s0, s1, alphas, weights, running, rate, state, key, backend, training, dtype):
     plan, primitives = plans.from_key(key), primitives_for(backend, dtype)
     whole = whole_cell(backend, dtype)
-    return _empty_outputs(plan, primitives, s0, s1, dtype, training, _fake_empty, whole)
+    outputs = _empty_outputs(plan, primitives, s0, s1, dtype, training, _fake_empty, whole)
+    depth0, depth1 = map(primitives.channels, plan.in_channels)
+    total = layout(key, outputs[6].shape[-1], (depth0, depth1)).total
+    return (*outputs, s1.new_empty(total, dtype=primitives.coefficient_dtype(dtype)))
 
 
 def backward_pass(
@@ -258,7 +263,7 @@ def backward_pass(
     primitives = primitives_for(backend, dtype)
     saved = _saved(s0, s1, outputs)
     dropout = (outputs[9], state)
-    arrays = _arrays(plan, primitives, saved, weights, dropout, training, wants[3])
+    arrays = _arrays(plan, primitives, saved, outputs[10], dropout, training, wants[3])
     node_grads, want_inputs = _node_gradients(plan, grad, saved), (wants[0], wants[1])
     whole = whole_cell(backend, dtype)
     if whole is not None:
