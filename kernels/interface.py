@@ -172,7 +172,10 @@ class WholeCell(Protocol):
     """What a backend may offer instead of being called a primitive at a time."""
 
     def extra_slots(self, plan: Plan) -> int:
-        """Arrays behind the slots that the forward pass keeps for the backward pass."""
+        """Arrays behind the slots that the forward pass keeps for the backward pass.
+
+        Negative where some slots are kept nowhere: ``Saved.slots`` then has the others in order.
+        """
         ...
 
     def forward(

@@ -28,6 +28,22 @@ from .library import Library
 from .memory import pool
 
 
+_POOLS = (plans.MAX_POOL, plans.AVG_POOL)
+
+
+@lru_cache(maxsize=1024)
+def _places(plan: str | Plan) -> tuple[int, ...]:
+    """Which stored array every slot is; -1 of a pool, which is cheaper to compute than to keep.
+
+    It is computed anew by whoever reads it, from a state that is read anyway.
+    """
+    plan = plans.from_key(plan) if isinstance(plan, str) else plan
+    pools = {branch.slot for branch in plan.branches if branch.kind in _POOLS}
+    kept = (slot for slot in range(plan.num_slots) if slot not in pools)
+    by_slot = {slot: place for place, slot in enumerate(kept)}
+    return tuple(by_slot.get(slot, -1) for slot in range(plan.num_slots))
+
+
 class Tables:
     """A plan's calls as C structs; holds the memory that they point to.
 
@@ -38,6 +54,7 @@ class Tables:
     def __init__(self, plan: Plan, offsets: list[int]) -> None:
         calls = cell_calls.of_plan(plan)
         self._offsets = [*offsets, -1]
+        self._places = [*_places(plan.key or plan), -1]
         self._kept: list[object] = []
         self.struct = abi.CellCalls(
             steps=plan.steps,
@@ -68,10 +85,12 @@ class Tables:
     def _items(self, call: Call) -> np.ndarray:
         table = np.zeros(len(call.items), dtype=abi.ITEM)
         for name in abi.ITEM.names or ():
-            if name not in ("depthwise", "pointwise", "alpha"):
+            if name not in ("depthwise", "pointwise", "alpha", "place", "input_place"):
                 table[name] = [getattr(item, name) for item in call.items]
         table["depthwise"] = [self._offsets[item.depthwise] for item in call.items]
         table["pointwise"] = [self._offsets[item.pointwise] for item in call.items]
+        table["place"] = [self._places[item.slot] for item in call.items]
+        table["input_place"] = [self._places[item.input] for item in call.items]
         table["alpha"] = [item.edge * call.num_ops + item.op for item in call.items]
         return table
 
@@ -123,7 +142,7 @@ class CompiledCell:
         return task
 
     def extra_slots(self, plan: Plan) -> int:
-        return 0
+        return -_places(plan.key or plan).count(-1)
 
     def forward(
         self, plan: Plan, saved: Saved, arrays: Arrays, alphas: Tensor, stats: Tensor

@@ -94,6 +94,7 @@ def _allocate(call: _Call, s0: Tensor, s1: Tensor, gains: list[Tensor]) -> Store
         return backend.empty(shape, s1, dtype)
 
     *of_states, of_nodes = arrays.sizes(plan, s0, s1)
+    extra = 0 if call.whole is None else call.whole.extra_slots(plan)
     states = inputs
     if not plan.outside:
         states = [empty(batch, *size, channels) for size in of_states]
@@ -107,7 +108,7 @@ def _allocate(call: _Call, s0: Tensor, s1: Tensor, gains: list[Tensor]) -> Store
         states,
         [torch.empty_like(s) for s in states] if plan.affine and not plan.outside else [],
         empty(batch, *of_nodes, plan.steps * channels),
-        empty(plan.num_slots, batch, *of_nodes, channels),
+        empty(plan.num_slots + extra, batch, *of_nodes, channels),
         norms,
         arrays.gains(plan, call.affine, gains, channels),
     )
