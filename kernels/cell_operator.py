@@ -229,7 +229,7 @@ def forward_pass(
         Forward(primitives, plan, saved, arrays, alphas).run(outputs[8])
     if not _whole_output(plan, channels):
         _write_output(plan, saved.nodes, outputs[0])
-    return (*outputs, arrays.weights.flat)  # type: ignore[return-value]
+    return (*outputs, arrays.weights.made)  # type: ignore[return-value]
 
 
 cell_forward = torch.library.custom_op("pdarts_fast::cell_forward", forward_pass, mutates_args=())
@@ -241,7 +241,8 @@ def _(s0, s1, alphas, weights, running, rate, state, key, backend, training, dty
     whole = whole_cell(backend, dtype)
     outputs = _empty_outputs(plan, primitives, s0, s1, dtype, training, _fake_empty, whole)
     depth0, depth1 = map(primitives.channels, plan.in_channels)
-    total = layout(key, outputs[6].shape[-1], (depth0, depth1)).total
+    where = layout(key, outputs[6].shape[-1], (depth0, depth1))
+    total = 0 if whole is not None and whole.takes(where, weights) else where.total
     return (*outputs, s1.new_empty(total, dtype=primitives.coefficient_dtype(dtype)))
 
 
@@ -263,7 +264,8 @@ def backward_pass(
     primitives = primitives_for(backend, dtype)
     saved = _saved(s0, s1, outputs)
     dropout = (outputs[9], state)
-    arrays = _arrays(plan, primitives, saved, outputs[10], dropout, training, wants[3])
+    packed = outputs[10] if outputs[10].numel() else weights
+    arrays = _arrays(plan, primitives, saved, packed, dropout, training, wants[3])
     node_grads, want_inputs = _node_gradients(plan, grad, saved), (wants[0], wants[1])
     whole = whole_cell(backend, dtype)
     if whole is not None:
@@ -275,8 +277,7 @@ def backward_pass(
     grad_inputs = [as_image(rows, s) for rows, s in zip(grads, (s0, s1), strict=True)]
     grad_alphas = all_alphas.view(alphas.shape) if wants[2] else alphas.new_empty(0)
     flat = arrays.weights.gradient() if wants[3] else weights[0].new_empty(0)
-    grad_alphas, flat = grad_alphas.to(alphas.dtype), flat.to(weights[0].dtype)
-    return grad_inputs[0], grad_inputs[1], grad_alphas, flat
+    return grad_inputs[0], grad_inputs[1], grad_alphas.to(alphas.dtype), flat.to(weights[0].dtype)
 
 
 def _node_gradients(plan: Plan, grad: Tensor, saved: Saved) -> Tensor:
@@ -294,11 +295,10 @@ def _node_gradients(plan: Plan, grad: Tensor, saved: Saved) -> Tensor:
 def _fake_gradients(
     s0: Tensor, s1: Tensor, alphas: Tensor, weights: list[Tensor], wants: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    nothing = torch.Size([0])
     total = sum(weight.numel() for weight in weights)
     inputs = [fake_image(s, want) for s, want in zip((s0, s1), wants[:2], strict=True)]
-    grad_alphas = alphas.new_empty(alphas.shape if wants[2] else nothing)
-    flat = weights[0].new_empty(total if wants[3] else nothing)
+    grad_alphas = alphas.new_empty(alphas.shape if wants[2] else 0)
+    flat = weights[0].new_empty(total if wants[3] else 0)
     return inputs[0], inputs[1], grad_alphas, flat
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .calls import Call
 from .plan import Plan
-from .weights import Weights
+from .weights import Layout, Weights
 
 if TYPE_CHECKING:
     from .cell_pass import Saved
@@ -176,6 +176,10 @@ class WholeCell(Protocol):
 
         Negative where some slots are kept nowhere: ``Saved.slots`` then has the others in order.
         """
+        ...
+
+    def takes(self, where: Layout, parameters: Sequence[Tensor]) -> bool:
+        """Whether passes read parameters where they are and never ask for ``Weights.flat``."""
         ...
 
     def forward(

@@ -9,7 +9,7 @@ array is just the parameters in order, and so is its gradient.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -91,8 +91,7 @@ class Weights:
         want_gradients: Whether to make room for gradients.
 
     Attributes:
-        layout: As given.
-        flat: ``[total]``.
+        layout, parameters: As given.
         grad: ``[total]``, or None. Primitives write every element.
     """
 
@@ -104,12 +103,26 @@ class Weights:
         want_gradients: bool,
     ) -> None:
         self.layout = where
-        self.flat = (
-            parameters
-            if isinstance(parameters, Tensor)
-            else self._packed(where, parameters).to(dtype)
-        )
-        self.grad = torch.zeros_like(self.flat) if want_gradients else None
+        self.parameters = parameters
+        self._dtype = dtype
+        self.grad: Tensor | None = None
+        if want_gradients and isinstance(parameters, Tensor):
+            self.grad = torch.zeros_like(parameters)
+        elif want_gradients:
+            self.grad = parameters[0].new_zeros(where.total, dtype=dtype)
+
+    @cached_property
+    def flat(self) -> Tensor:
+        """All weights, ``[total]``: made when first asked for."""
+        if isinstance(self.parameters, Tensor):
+            return self.parameters
+        return self._packed(self.layout, self.parameters).to(self._dtype)
+
+    @property
+    def made(self) -> Tensor:
+        """``flat`` if a pass has asked for it, else an empty tensor: for the backward pass."""
+        asked = "flat" in vars(self) or not len(self.parameters)
+        return self.flat if asked else self.parameters[0].new_empty(0)
 
     @staticmethod
     def _packed(where: Layout, parameters: Sequence[Tensor]) -> Tensor:

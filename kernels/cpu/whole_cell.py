@@ -18,15 +18,15 @@ from torch import Tensor
 from .. import calls as cell_calls
 from .. import moments
 from .. import plan as plans
-from ..calls import Call
+from ..calls import Call, Item
 from ..cell_pass import Saved
 from ..interface import Arrays
 from ..plan import Plan
+from ..weights import Layout, Weights
 from . import abi
 from . import draw as drawing
 from .library import Library
 from .memory import pool
-
 
 _POOLS = (plans.MAX_POOL, plans.AVG_POOL)
 
@@ -85,10 +85,12 @@ class Tables:
     def _items(self, call: Call) -> np.ndarray:
         table = np.zeros(len(call.items), dtype=abi.ITEM)
         for name in abi.ITEM.names or ():
-            if name not in ("depthwise", "pointwise", "alpha", "place", "input_place"):
+            if name in Item._fields and name not in ("depthwise", "pointwise"):
                 table[name] = [getattr(item, name) for item in call.items]
         table["depthwise"] = [self._offsets[item.depthwise] for item in call.items]
         table["pointwise"] = [self._offsets[item.pointwise] for item in call.items]
+        table["depthwise_weight"] = [item.depthwise for item in call.items]
+        table["pointwise_weight"] = [item.pointwise for item in call.items]
         table["place"] = [self._places[item.slot] for item in call.items]
         table["input_place"] = [self._places[item.input] for item in call.items]
         table["alpha"] = [item.edge * call.num_ops + item.op for item in call.items]
@@ -118,6 +120,7 @@ class CompiledCell:
 
     def _task(self, plan: Plan, saved: Saved, arrays: Arrays, alphas: Tensor) -> abi.CellTask:
         """What both passes need; ``alphas`` is float64 and contiguous."""
+        weights = self._addresses(arrays.weights)
         tables = _tables(plan.key or plan, tuple(arrays.weights.layout.offsets))
         slots = saved.slots
         task = abi.CellTask(calls=ctypes.addressof(tables.struct))
@@ -133,13 +136,27 @@ class CompiledCell:
             task.states[which] = saved.states[which].data_ptr()
         task.nodes, task.y = saved.nodes.data_ptr(), slots.data_ptr()
         task.norms, task.alphas = saved.norms.data_ptr(), alphas.data_ptr()
-        task.weights = arrays.weights.flat.data_ptr()
+        task.weights, task.kept = weights.ctypes.data, weights
         task.dropout_rate = arrays.rate.data_ptr()
         task.dropout_state = arrays.state.data_ptr()
         if arrays.masks is not None:
             task.masks = arrays.masks.kept.data_ptr()
             task.mask_factors = arrays.masks.factors.data_ptr()
         return task
+
+    def _addresses(self, weights: Weights) -> np.ndarray:
+        """Where every weight begins."""
+        given, where = weights.parameters, weights.layout
+        if not isinstance(given, Tensor) and self.takes(where, given):
+            return np.array([x.data_ptr() for x in given], dtype=np.int64)
+        flat = weights.flat
+        offsets = np.array(where.offsets, dtype=np.int64)
+        return flat.data_ptr() + flat.element_size() * offsets
+
+    def takes(self, where: Layout, parameters: Sequence[Tensor]) -> bool:
+        return where.is_plain and all(
+            x.dtype == torch.float32 and x.is_contiguous() for x in parameters
+        )
 
     def extra_slots(self, plan: Plan) -> int:
         return -_places(plan.key or plan).count(-1)

@@ -27,6 +27,7 @@ struct Branch {
   const float* depthwise;        // [C, kernel, kernel]
   const float* pointwise;        // [C, Cx]; rows below real_channels / 2 of a
                                  // kFactorized read even pixels, the others odd ones
+  const float* pointwise_odd;    // those, or null if they follow
   void* y;                       // [M, C] storage: output before BatchNorm; null of a pool that
                                  // is stored nowhere: mix, reduce and fan_in compute it anew
   const void* input;             // [M, C] storage: what the second half of a separable reads, or
@@ -70,7 +71,8 @@ struct Item {
   int64_t stream;                // dropout stream of a skip, -1 for none
   int64_t slot, input, half, source, node;
   int64_t place, input_place;    // where outputs of slot and input lie in y, -1 for nowhere
-  int64_t depthwise, pointwise;  // offsets into the cell's weights, -1 for none
+  int64_t depthwise, pointwise;  // offsets into the gradient of the weights, -1 for none
+  int64_t depthwise_weight, pointwise_weight;  // numbers of weights; a kFactorized has the next, too
   int64_t alpha;                 // place in the table of alphas
   int64_t norm, input_norm;      // rows of the normalisations in evaluation
   int64_t mask;                  // number of a skip's mask if masks are given, -1 for none
@@ -101,7 +103,7 @@ struct CellTask {
   double* norms;                 // [rows, 2, C]
   double* stats;                 // like norms
   const double* alphas;
-  const float* weights;
+  const float* const* weights;   // every weight
   const float* dropout_rate;
   const int64_t* dropout_state;
   const uint8_t* masks;          // [masks, M, C]: 1 where a skip's dropout keeps, or null

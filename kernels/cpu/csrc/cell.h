@@ -97,8 +97,9 @@ class CellPass {
       b.stride = item.stride;
       b.padding = item.padding;
       b.stream = cell_.training ? item.stream : -1;
-      if (item.depthwise >= 0) b.depthwise = cell_.weights + item.depthwise;
-      if (item.pointwise >= 0) b.pointwise = cell_.weights + item.pointwise;
+      if (item.depthwise >= 0) b.depthwise = cell_.weights[item.depthwise_weight];
+      if (item.pointwise >= 0) b.pointwise = cell_.weights[item.pointwise_weight];
+      if (item.kind == kFactorized) b.pointwise_odd = cell_.weights[item.pointwise_weight + 1];
       if (cell_.grad_weights && item.depthwise >= 0)
         b.grad_depthwise = cell_.grad_weights + item.depthwise;
       if (cell_.grad_weights && item.pointwise >= 0)
