@@ -178,11 +178,13 @@ def _arrays(
     depths = (saved.inputs[0].shape[-1], saved.inputs[1].shape[-1])
     where = layout(plan.key, saved.slots.shape[-1], depths)
     dtype = primitives.coefficient_dtype(saved.slots.dtype)
-    room = 0 if whole is None else whole.extra_weights(where.total, saved.slots.dtype)
+    length = 0
+    if whole is not None and not isinstance(weights, Tensor):
+        length = whole.kept_weights(where, weights, saved.slots.dtype)
     return Arrays(
         y=saved.slots,
         states=saved.all_states(plan.steps),
-        weights=Weights(where, weights, dtype, want_gradients, room),
+        weights=Weights(where, weights, dtype, want_gradients, length),
         rate=dropout[0],
         state=dropout[1],
         channels=plan.channels,
@@ -231,7 +233,7 @@ def forward_pass(
         Forward(primitives, plan, saved, arrays, alphas).run(outputs[8])
     if not _whole_output(plan, channels):
         _write_output(plan, saved.nodes, outputs[0])
-    return (*outputs, arrays.weights.everything)  # type: ignore[return-value]
+    return (*outputs, arrays.weights.made)  # type: ignore[return-value]
 
 
 cell_forward = torch.library.custom_op("pdarts_fast::cell_forward", forward_pass, mutates_args=())
@@ -243,9 +245,9 @@ def _(s0, s1, alphas, weights, running, rate, state, key, backend, training, dty
     whole = whole_cell(backend, dtype)
     outputs = _empty_outputs(plan, primitives, s0, s1, dtype, training, _fake_empty, whole)
     depth0, depth1 = map(primitives.channels, plan.in_channels)
-    total = layout(key, outputs[6].shape[-1], (depth0, depth1)).total
-    room = 0 if whole is None else whole.extra_weights(total, dtype)
-    return (*outputs, s1.new_empty(total + room, dtype=primitives.coefficient_dtype(dtype)))
+    where = layout(key, outputs[6].shape[-1], (depth0, depth1))
+    total = where.total if whole is None else whole.kept_weights(where, weights, dtype)
+    return (*outputs, s1.new_empty(total, dtype=primitives.coefficient_dtype(dtype)))
 
 
 def backward_pass(
@@ -266,8 +268,9 @@ def backward_pass(
     primitives = primitives_for(backend, dtype)
     saved = _saved(s0, s1, outputs)
     dropout = (outputs[9], state)
+    packed = outputs[10] if outputs[10].numel() else weights
     whole = whole_cell(backend, dtype)
-    arrays = _arrays(plan, primitives, saved, outputs[10], dropout, training, wants[3], whole)
+    arrays = _arrays(plan, primitives, saved, packed, dropout, training, wants[3], whole)
     node_grads, want_inputs = _node_gradients(plan, grad, saved), (wants[0], wants[1])
     if whole is not None:
         grads, all_alphas = whole.backward(plan, saved, arrays, alphas, node_grads, want_inputs)
@@ -278,8 +281,7 @@ def backward_pass(
     grad_inputs = [as_image(rows, s) for rows, s in zip(grads, (s0, s1), strict=True)]
     grad_alphas = all_alphas.view(alphas.shape) if wants[2] else alphas.new_empty(0)
     flat = arrays.weights.gradient() if wants[3] else weights[0].new_empty(0)
-    grad_alphas, flat = grad_alphas.to(alphas.dtype), flat.to(weights[0].dtype)
-    return grad_inputs[0], grad_inputs[1], grad_alphas, flat
+    return grad_inputs[0], grad_inputs[1], grad_alphas.to(alphas.dtype), flat.to(weights[0].dtype)
 
 
 def _node_gradients(plan: Plan, grad: Tensor, saved: Saved) -> Tensor:
@@ -297,11 +299,10 @@ def _node_gradients(plan: Plan, grad: Tensor, saved: Saved) -> Tensor:
 def _fake_gradients(
     s0: Tensor, s1: Tensor, alphas: Tensor, weights: list[Tensor], wants: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    nothing = torch.Size([0])
     total = sum(weight.numel() for weight in weights)
     inputs = [fake_image(s, want) for s, want in zip((s0, s1), wants[:2], strict=True)]
-    grad_alphas = alphas.new_empty(alphas.shape if wants[2] else nothing)
-    flat = weights[0].new_empty(total if wants[3] else nothing)
+    grad_alphas = alphas.new_empty(alphas.shape if wants[2] else 0)
+    flat = weights[0].new_empty(total if wants[3] else 0)
     return inputs[0], inputs[1], grad_alphas, flat
 
 

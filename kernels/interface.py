@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .calls import Call
 from .plan import Plan
-from .weights import Weights
+from .weights import Layout, Weights
 
 if TYPE_CHECKING:
     from .cell_pass import Saved
@@ -172,11 +172,16 @@ class WholeCell(Protocol):
     """What a backend may offer instead of being called a primitive at a time."""
 
     def extra_slots(self, plan: Plan) -> int:
-        """Arrays behind the slots that the forward pass keeps for the backward pass."""
+        """Arrays behind the slots that the forward pass keeps for the backward pass.
+
+        Negative where some slots are kept nowhere: ``Saved.slots`` then has the others in order.
+        """
         ...
 
-    def extra_weights(self, total: int, dtype: torch.dtype) -> int:
-        """Numbers behind the flat weights, ``[total]``, that it keeps for the backward pass.
+    def kept_weights(self, where: Layout, parameters: Sequence[Tensor], dtype: torch.dtype) -> int:
+        """Length of ``Weights.everything``, which the forward pass keeps for the backward pass.
+
+        0 if both read parameters where they are and never ask for ``Weights.flat``.
 
         Args:
             dtype: Of the arrays.

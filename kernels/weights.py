@@ -9,7 +9,7 @@ array is just the parameters in order, and so is its gradient.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -89,13 +89,10 @@ class Weights:
         parameters: In the order of ``Plan.weights``; or ``everything`` of an earlier pass.
         dtype: Of the arithmetic.
         want_gradients: Whether to make room for gradients.
-        room: Numbers that a backend keeps behind the flat weights from pass to pass.
+        length: Of ``everything``, if a backend keeps more than the weights from pass to pass.
 
     Attributes:
-        layout: As given.
-        everything: ``[total + room]``.
-        flat: ``[total]``, where ``everything`` begins.
-        kept: ``[room]``, the rest.
+        layout, parameters: As given.
         grad: ``[total]``, or None. Primitives write every element.
     """
 
@@ -105,21 +102,43 @@ class Weights:
         parameters: Sequence[Tensor] | Tensor,
         dtype: torch.dtype,
         want_gradients: bool,
-        room: int = 0,
+        length: int = 0,
     ) -> None:
         self.layout = where
-        if isinstance(parameters, Tensor):
-            self.everything = parameters
-        else:
-            self.everything = self._packed(where, parameters, dtype, room)
-        plain = self.everything.numel() == where.total
-        self.flat = self.everything if plain else self.everything[: where.total]
-        self.kept = self.everything[where.total :]
-        self.grad = torch.zeros_like(self.flat) if want_gradients else None
+        self.parameters = parameters
+        self._dtype, self._length = dtype, max(length, where.total)
+        self.grad: Tensor | None = None
+        if want_gradients:
+            like = parameters if isinstance(parameters, Tensor) else parameters[0]
+            self.grad = like.new_zeros(where.total, dtype=dtype)
+
+    @cached_property
+    def everything(self) -> Tensor:
+        """All weights and what a backend keeps behind them: made when first asked for."""
+        if isinstance(self.parameters, Tensor):
+            return self.parameters
+        return self._packed(self.layout, self.parameters, self._dtype, self._length)
+
+    @cached_property
+    def flat(self) -> Tensor:
+        """All weights, ``[total]``."""
+        plain = self.everything.numel() == self.layout.total
+        return self.everything if plain else self.everything[: self.layout.total]
+
+    @property
+    def extra(self) -> Tensor:
+        """What is kept behind ``flat``."""
+        return self.everything[self.layout.total :]
+
+    @property
+    def made(self) -> Tensor:
+        """For the backward pass: ``everything`` if a pass asked for it, else an empty tensor."""
+        asked = "everything" in vars(self) or not len(self.parameters)
+        return self.everything if asked else self.parameters[0].new_empty(0)
 
     @staticmethod
     def _packed(
-        where: Layout, parameters: Sequence[Tensor], dtype: torch.dtype, room: int
+        where: Layout, parameters: Sequence[Tensor], dtype: torch.dtype, length: int
     ) -> Tensor:
         """All parameters with padding, one after the other, and room behind them."""
         with torch.no_grad():
@@ -133,9 +152,9 @@ class Weights:
                         parameters, where.shapes, where.padded, strict=True
                     )
                 ]
-            if not room:
+            if length == where.total:
                 return flatten(parameters).to(dtype)
-            everything = parameters[0].new_empty(where.total + room, dtype=dtype)
+            everything = parameters[0].new_empty(length, dtype=dtype)
             flat = [parameter.reshape(-1) for parameter in parameters]
             torch.cat(flat, out=everything[: where.total])
             return everything

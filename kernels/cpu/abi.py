@@ -6,7 +6,7 @@ import ctypes
 
 import numpy as np
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 FAN_OUT, MID, AFFINE, MIX, REDUCE, MID_BACKWARD, FAN_IN = range(7)
 
 _INT = ctypes.c_int64
@@ -20,9 +20,10 @@ class Branch(ctypes.Structure):
         *((name, _INT) for name in ("kind", "kernel", "dilation", "stride", "padding", "stream")),
         ("depthwise", _POINTER),
         ("pointwise", _POINTER),
+        ("pointwise_odd", _POINTER),
         ("y", _POINTER),
         ("input", _POINTER),
-        ("input_stride", _INT),
+        *((name, _INT) for name in ("input_stride", "input_height", "input_width")),
         ("scale", _POINTER),
         ("shift", _POINTER),
         ("grad", _POINTER),
@@ -175,8 +176,12 @@ ITEM = np.dtype(
             "half",
             "source",
             "node",
+            "place",
+            "input_place",
             "depthwise",
             "pointwise",
+            "depthwise_weight",
+            "pointwise_weight",
             "alpha",
             "norm",
             "input_norm",

@@ -18,14 +18,36 @@ from torch import Tensor
 from .. import calls as cell_calls
 from .. import moments
 from .. import plan as plans
-from ..calls import Call
+from ..calls import Call, Item
 from ..cell_pass import Saved
 from ..interface import Arrays
 from ..plan import Plan
+from ..weights import Layout, Weights
 from . import abi
 from . import draw as drawing
 from .library import Library
 from .memory import pool
+
+_POOLS = (plans.MAX_POOL, plans.AVG_POOL)
+
+
+@lru_cache(maxsize=1024)
+def _places(plan: str | Plan) -> tuple[int, ...]:
+    """Which stored array every slot is; -1 of a pool, which is cheaper to compute than to keep.
+
+    It is computed anew by whoever reads it, from a state that is read anyway.
+    """
+    plan = plans.from_key(plan) if isinstance(plan, str) else plan
+    pools = {branch.slot for branch in plan.branches if branch.kind in _POOLS}
+    kept = (slot for slot in range(plan.num_slots) if slot not in pools)
+    by_slot = {slot: place for place, slot in enumerate(kept)}
+    return tuple(by_slot.get(slot, -1) for slot in range(plan.num_slots))
+
+
+def _are_read_in_place(where: Layout, parameters: Sequence[Tensor]) -> bool:
+    return where.is_plain and all(
+        x.dtype == torch.float32 and x.is_contiguous() for x in parameters
+    )
 
 
 class Tables:
@@ -38,6 +60,7 @@ class Tables:
     def __init__(self, plan: Plan, offsets: list[int]) -> None:
         calls = cell_calls.of_plan(plan)
         self._offsets = [*offsets, -1]
+        self._places = [*_places(plan.key or plan), -1]
         self._kept: list[object] = []
         self.struct = abi.CellCalls(
             steps=plan.steps,
@@ -68,10 +91,14 @@ class Tables:
     def _items(self, call: Call) -> np.ndarray:
         table = np.zeros(len(call.items), dtype=abi.ITEM)
         for name in abi.ITEM.names or ():
-            if name not in ("depthwise", "pointwise", "alpha"):
+            if name in Item._fields and name not in ("depthwise", "pointwise"):
                 table[name] = [getattr(item, name) for item in call.items]
         table["depthwise"] = [self._offsets[item.depthwise] for item in call.items]
         table["pointwise"] = [self._offsets[item.pointwise] for item in call.items]
+        table["depthwise_weight"] = [item.depthwise for item in call.items]
+        table["pointwise_weight"] = [item.pointwise for item in call.items]
+        table["place"] = [self._places[item.slot] for item in call.items]
+        table["input_place"] = [self._places[item.input] for item in call.items]
         table["alpha"] = [item.edge * call.num_ops + item.op for item in call.items]
         return table
 
@@ -99,6 +126,7 @@ class CompiledCell:
 
     def _task(self, plan: Plan, saved: Saved, arrays: Arrays, alphas: Tensor) -> abi.CellTask:
         """What both passes need; ``alphas`` is float64 and contiguous."""
+        weights = self._addresses(arrays.weights)
         tables = _tables(plan.key or plan, tuple(arrays.weights.layout.offsets))
         slots = saved.slots
         task = abi.CellTask(calls=ctypes.addressof(tables.struct))
@@ -114,7 +142,7 @@ class CompiledCell:
             task.states[which] = saved.states[which].data_ptr()
         task.nodes, task.y = saved.nodes.data_ptr(), slots.data_ptr()
         task.norms, task.alphas = saved.norms.data_ptr(), alphas.data_ptr()
-        task.weights = arrays.weights.flat.data_ptr()
+        task.weights, task.kept = weights.ctypes.data, weights
         task.dropout_rate = arrays.rate.data_ptr()
         task.dropout_state = arrays.state.data_ptr()
         if arrays.masks is not None:
@@ -122,11 +150,20 @@ class CompiledCell:
             task.mask_factors = arrays.masks.factors.data_ptr()
         return task
 
-    def extra_slots(self, plan: Plan) -> int:
-        return 0
+    def _addresses(self, weights: Weights) -> np.ndarray:
+        """Where every weight begins."""
+        given, where = weights.parameters, weights.layout
+        if not isinstance(given, Tensor) and _are_read_in_place(where, given):
+            return np.array([x.data_ptr() for x in given], dtype=np.int64)
+        flat = weights.flat
+        offsets = np.array(where.offsets, dtype=np.int64)
+        return flat.data_ptr() + flat.element_size() * offsets
 
-    def extra_weights(self, total: int, dtype: torch.dtype) -> int:
-        return 0
+    def kept_weights(self, where: Layout, parameters: Sequence[Tensor], dtype: torch.dtype) -> int:
+        return 0 if _are_read_in_place(where, parameters) else where.total
+
+    def extra_slots(self, plan: Plan) -> int:
+        return -_places(plan.key or plan).count(-1)
 
     def forward(
         self, plan: Plan, saved: Saved, arrays: Arrays, alphas: Tensor, stats: Tensor

@@ -152,7 +152,7 @@ def one_by_one(
         inputs: What items read that leave any source but 1, and what those of source 1 read.
         partials: float32 ``[n, tiles, 3, C]``, written.
         outputs: Where items of either kind are written, if not to ``arrays.y``: a stack each.
-        pack: Packs the weights of the cell too, into ``arrays.weights.kept``.
+        pack: Packs the weights of the cell too, into ``arrays.weights.extra``.
     """
     table = common.table(call, arrays)
     assert table is not None

@@ -123,8 +123,8 @@ def packed(weights: Weights, storage: torch.dtype) -> Packed:
         storage: dtype of the arrays.
     """
     total = weights.flat.numel()
-    if weights.kept.numel():
-        return _within(weights.kept, total, storage)
+    if weights.extra.numel():
+        return _within(weights.extra, total, storage)
     found = _packed.get(weights)
     if found is None or found.matrices.dtype != storage:
         flat = weights.flat

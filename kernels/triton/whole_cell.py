@@ -8,6 +8,7 @@ states and rectified inputs of second halves, is kept behind the slots for the w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..calls import Call
 from ..cell_pass import Saved
 from ..interface import Arrays
 from ..plan import Plan
+from ..weights import Layout
 from . import affine, cell_tables, common, fan_out, mix, preprocess, reduce
 from .cell_tables import CellTables, Rows
 from .coefficients import Entering, coefficients
@@ -94,8 +96,8 @@ class TritonCell:
     def extra_slots(self, plan: Plan) -> int:
         return cell_tables.of(plan.key).num_kept
 
-    def extra_weights(self, total: int, dtype: torch.dtype) -> int:
-        return room(total, dtype)
+    def kept_weights(self, where: Layout, parameters: Sequence[Tensor], dtype: torch.dtype) -> int:
+        return where.total + room(where.total, dtype)
 
     def forward(
         self, plan: Plan, saved: Saved, arrays: Arrays, alphas: Tensor, stats: Tensor

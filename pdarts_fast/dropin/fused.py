@@ -94,6 +94,7 @@ def _allocate(call: _Call, s0: Tensor, s1: Tensor, gains: list[Tensor]) -> Store
         return backend.empty(shape, s1, dtype)
 
     *of_states, of_nodes = arrays.sizes(plan, s0, s1)
+    extra = 0 if call.whole is None else call.whole.extra_slots(plan)
     states = inputs
     if not plan.outside:
         states = [empty(batch, *size, channels) for size in of_states]
@@ -107,7 +108,7 @@ def _allocate(call: _Call, s0: Tensor, s1: Tensor, gains: list[Tensor]) -> Store
         states,
         [torch.empty_like(s) for s in states] if plan.affine and not plan.outside else [],
         empty(batch, *of_nodes, plan.steps * channels),
-        empty(plan.num_slots, batch, *of_nodes, channels),
+        empty(plan.num_slots + extra, batch, *of_nodes, channels),
         norms,
         arrays.gains(plan, call.affine, gains, channels),
     )
@@ -144,7 +145,7 @@ class _Cell(torch.autograd.Function):
             if call.context.training:
                 _update_running(call, stored, stats)
             out = arrays.output(call.plan, stored.nodes, call.backend.empty)
-        _save(ctx, call, stored, shared.weights.flat, out, (s0, s1), alphas, tensors)
+        _save(ctx, call, stored, shared.weights.made, out, (s0, s1), alphas, tensors)
         return out
 
     @staticmethod
@@ -174,7 +175,7 @@ class _Backward:
         call: The call.
         stored: Of the forward pass.
         alphas: As given.
-        flat: All weights, packed.
+        flat: All weights, packed, or empty if passes read them where they are.
         tensors: Weights, scales and shifts, parameters of custom operations.
         want_weights: Whether gradients of any of these are wanted.
     """
@@ -192,7 +193,7 @@ class _Backward:
         self.call, self.stored, self.alphas = call, stored, alphas
         self.weights, self.gains, self.parameters = call.split(tensors)
         self.want_weights = want_weights
-        self.shared = call.arrays(stored, flat, want_weights)
+        self.shared = call.arrays(stored, flat if flat.numel() else self.weights, want_weights)
         self.driver: CellBackward | None = None
 
     def run(

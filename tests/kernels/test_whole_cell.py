@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from pdarts_fast.bench import primitives, rivals
+from pdarts_fast.bench import measure, primitives, rivals
 from pdarts_fast.kernels import cell as fused
 from pdarts_fast.kernels import cell_operator, plan
 from pdarts_fast.kernels.cpu import load as cpu_load
@@ -67,6 +67,26 @@ def test_every_value_is_that_of_the_primitives(
         single = run(cell, inputs, kernels, torch.float32)
     assert "weights" in whole
     close(whole, single, 2e-5)
+
+
+@pytest.mark.skipif(not cpu_load.availability().usable, reason=cpu_load.availability().reason)
+@pytest.mark.parametrize("stage", [1, 3], ids=["eight-ops", "three-ops"])
+def test_whole_passes_keep_neither_pools_nor_copies_of_weights(stage: int) -> None:
+    network = rivals.network(stage, "cpu")
+    images = torch.randn(2, 3, 16, 16).to(memory_format=torch.channels_last)
+    rival = rivals.Rival(network, images, torch.arange(2))
+    whole = measure.saved_bytes(network, rival.loss)
+    with fused.primitive_by_primitive("cpu"):
+        single = measure.saved_bytes(network, rival.loss)
+    pools = copies = 0
+    for cell in network.cells:
+        found = plan.from_key(fused.prepare(cell).key)
+        slots = {b.slot for b in found.branches if b.kind in (plan.MAX_POOL, plan.AVG_POOL)}
+        # 16 channels at 16 x 16 pixels, twice as many at half the sides.
+        pools += len(slots) * 4 * 2 * 16 * 16 * 16 * 16 // found.channels
+        copies += sum(parameter.nbytes for parameter in cell.parameters())
+    assert min(pools, copies) > 0
+    assert single - whole == pools + copies
 
 
 @pytest.mark.parametrize("wanted", [(), (1,)], ids=["alphas-alone", "one-input"])

@@ -18,6 +18,8 @@ enum Kind : int64_t {
   kSkip = 5,       // x itself, with dropout if stream >= 0
 };
 
+inline bool is_pool(int64_t kind) { return kind == kMaxPool || kind == kAvgPool; }
+
 // One operation of one edge, or one half of a separable convolution.
 struct Branch {
   int64_t kind, kernel, dilation, stride, padding;
@@ -25,9 +27,12 @@ struct Branch {
   const float* depthwise;        // [C, kernel, kernel]
   const float* pointwise;        // [C, Cx]; rows below real_channels / 2 of a
                                  // kFactorized read even pixels, the others odd ones
-  void* y;                       // [M, C] storage: output before BatchNorm
-  const void* input;             // [M, C] storage: what the second half of a separable reads
-  int64_t input_stride;
+  const float* pointwise_odd;    // those, or null if they follow
+  void* y;                       // [M, C] storage: output before BatchNorm; null of a pool that
+                                 // is stored nowhere: mix, reduce and fan_in compute it anew
+  const void* input;             // [M, C] storage: what the second half of a separable reads, or
+                                 // a skip; the source of such a pool
+  int64_t input_stride, input_height, input_width;
   const float* scale;            // [C], meaning: see each primitive
   const float* shift;            // [C]
   const void* grad;              // [M, C] storage: gradient of the normalised output
@@ -65,7 +70,9 @@ struct Item {
   int64_t kind, kernel, dilation, stride, padding;
   int64_t stream;                // dropout stream of a skip, -1 for none
   int64_t slot, input, half, source, node;
-  int64_t depthwise, pointwise;  // offsets into the cell's weights, -1 for none
+  int64_t place, input_place;    // where outputs of slot and input lie in y, -1 for nowhere
+  int64_t depthwise, pointwise;  // offsets into the gradient of the weights, -1 for none
+  int64_t depthwise_weight, pointwise_weight;  // numbers of weights; a kFactorized has the next, too
   int64_t alpha;                 // place in the table of alphas
   int64_t norm, input_norm;      // rows of the normalisations in evaluation
   int64_t mask;                  // number of a skip's mask if masks are given, -1 for none
@@ -92,11 +99,11 @@ struct CellTask {
   const void* inputs[2];         // storage
   void* states[2];               // storage
   void* nodes;                   // storage [M, steps * C]
-  void* y;                       // storage [slots, M, C]
+  void* y;                       // storage [places, M, C]
   double* norms;                 // [rows, 2, C]
   double* stats;                 // like norms
   const double* alphas;
-  const float* weights;
+  const float* const* weights;   // every weight
   const float* dropout_rate;
   const int64_t* dropout_state;
   const uint8_t* masks;          // [masks, M, C]: 1 where a skip's dropout keeps, or null

@@ -34,7 +34,7 @@ class CellPass {
     return static_cast<char*>(const_cast<void*>(base)) + elements * element();
   }
 
-  void* slot(int64_t number) const { return offset(cell_.y, number * pixels() * channels_); }
+  void* stored(int64_t place) const { return offset(cell_.y, place * pixels() * channels_); }
 
   Rows state(int64_t source) const {
     if (source < 2) return {cell_.states[source], channels_};
@@ -97,20 +97,23 @@ class CellPass {
       b.stride = item.stride;
       b.padding = item.padding;
       b.stream = cell_.training ? item.stream : -1;
-      if (item.depthwise >= 0) b.depthwise = cell_.weights + item.depthwise;
-      if (item.pointwise >= 0) b.pointwise = cell_.weights + item.pointwise;
+      if (item.depthwise >= 0) b.depthwise = cell_.weights[item.depthwise_weight];
+      if (item.pointwise >= 0) b.pointwise = cell_.weights[item.pointwise_weight];
+      if (item.kind == kFactorized) b.pointwise_odd = cell_.weights[item.pointwise_weight + 1];
       if (cell_.grad_weights && item.depthwise >= 0)
         b.grad_depthwise = cell_.grad_weights + item.depthwise;
       if (cell_.grad_weights && item.pointwise >= 0)
         b.grad_pointwise = cell_.grad_weights + item.pointwise;
-      if (item.slot >= 0) b.y = slot(item.slot);
-      if (item.kind == kSkip) {
+      if (item.place >= 0) b.y = stored(item.place);
+      if (item.kind == kSkip || (is_pool(item.kind) && item.place < 0)) {
         const Rows x = state(item.source);
         b.input = x.data;
         b.input_stride = x.stride;
+        b.input_height = item.source < 2 ? cell_.state_height[item.source] : cell_.height;
+        b.input_width = item.source < 2 ? cell_.state_width[item.source] : cell_.width;
         if (cell_.masks && item.mask >= 0) b.mask = cell_.masks + item.mask * pixels() * channels_;
-      } else if (item.input >= 0) {
-        b.input = slot(item.input);
+      } else if (item.input_place >= 0) {
+        b.input = stored(item.input_place);
         b.input_stride = channels_;
       }
     }

@@ -22,6 +22,7 @@ struct Work {
   Plane grad;     // of one depthwise output
   float* raw;     // [in pixels, Cx]: gradient of x itself
   float* pooled;  // [out pixels, C]: gradient of one kind of pool
+  float* fresh;   // [out pixels, C] storage: a pool computed anew
   float* dy;      // a chunk
   float* a;       // a chunk
   float* factors;
@@ -29,7 +30,7 @@ struct Work {
 };
 
 struct Sizes {
-  int64_t x, grad, raw, pooled, dy, a, factors;
+  int64_t x, grad, raw, pooled, fresh, dy, a, factors;
   int64_t padding;
   bool conv;
   bool lone;  // a 1x1 convolution and nothing else
@@ -42,6 +43,7 @@ Sizes sizes_of(const Task& t) {
   for (int64_t i = 0; i < t.num_branches; ++i) {
     const Branch& b = t.branches[i];
     s.conv |= b.kind == kConv;
+    if (is_recomputed(b)) s.fresh = t.out_height * t.out_width * t.channels;
     if (has_weights(b) && product_depth(t, b) > depth) depth = product_depth(t, b);
   }
   const int64_t blocks = t.channels / V, out_pixels = t.out_height * t.out_width;
@@ -57,7 +59,8 @@ Sizes sizes_of(const Task& t) {
 }
 
 Work make_work(const Task& t, const Sizes& s, Scratch& local) {
-  const int64_t all[] = {s.x, s.x, s.grad, s.raw, s.pooled, s.dy, s.a, s.factors};
+  const int64_t all[] = {s.x,      s.x,     s.grad, s.raw,    s.pooled,
+                         s.fresh,  s.dy,    s.a,    s.factors};
   int64_t bytes = 0;
   for (const int64_t count : all) bytes += Scratch::bytes_for<float>(count);
   bytes += Scratch::bytes_for<int32_t>(t.out_height * t.out_width);
@@ -73,6 +76,7 @@ Work make_work(const Task& t, const Sizes& s, Scratch& local) {
   if (s.conv) pixel_places(w.grad, w.places);
   w.raw = local.take<float>(s.raw);
   w.pooled = local.take<float>(s.pooled);
+  w.fresh = local.take<float>(s.fresh);
   w.dy = local.take<float>(s.dy);
   w.a = local.take<float>(s.a);
   w.factors = local.take<float>(s.factors);
@@ -177,10 +181,21 @@ void pointwise_image(const Task& t, const Packed<T>& packed, int64_t group, int6
   }
 }
 
-// w.pooled = sum of dy over all pools of one kind. They share their y, so it is read once. Returns
-// the first of them, null if there is none.
+// y [out pixels, C] of a pool of an image.
 template <class T>
-const Branch* pooled_gradient(const Task& t, int64_t kind, int64_t n, const Work& w) {
+const T* pool_output(const Task& t, const Branch& b, int64_t n, const T* image, const Work& w) {
+  if (!is_recomputed(b))
+    return static_cast<const T*>(b.y) + n * t.out_height * t.out_width * t.channels;
+  T* y = reinterpret_cast<T*>(w.fresh);
+  store_pool(t, b, image, 0, t.out_height, y);
+  return y;
+}
+
+// w.pooled = sum of dy over all pools of one kind. They share their y, so it is read once. Returns
+// the first of them, with the y of its image, null if there is none.
+template <class T>
+const Branch* pooled_gradient(const Task& t, int64_t kind, int64_t n, const T* image,
+                              const Work& w, const T*& y) {
   const int64_t pixels = t.out_height * t.out_width, channels = t.channels;
   const Branch* first = nullptr;
   for (int64_t i = 0; i < t.num_branches; ++i) {
@@ -191,6 +206,7 @@ const Branch* pooled_gradient(const Task& t, int64_t kind, int64_t n, const Work
       continue;
     }
     first = &b;
+    y = pool_output(t, b, n, image, w);
     float* coef = w.a;
     std::memcpy(coef, b.coef, static_cast<size_t>(3 * channels) * sizeof(float));
     for (int64_t j = i + 1; j < t.num_branches; ++j)
@@ -198,7 +214,9 @@ const Branch* pooled_gradient(const Task& t, int64_t kind, int64_t n, const Work
         for (int64_t c = channels; c < 3 * channels; ++c) coef[c] += t.branches[j].coef[c];
     Branch together = b;
     together.coef = coef;
-    output_gradient<T>(t, together, n * pixels, pixels, w.pooled);
+    together.y = const_cast<T*>(y);
+    together.grad = static_cast<const T*>(b.grad) + n * pixels * b.grad_stride;
+    output_gradient<T>(t, together, 0, pixels, w.pooled);
   }
   return first;
 }
@@ -206,10 +224,9 @@ const Branch* pooled_gradient(const Task& t, int64_t kind, int64_t n, const Work
 // Adds all pools of one kind to w.raw: their gradients are summed first, one backward serves all.
 template <class T>
 void pools_backward(const Task& t, int64_t kind, int64_t n, const T* image, const Work& w) {
-  const Branch* b = pooled_gradient<T>(t, kind, n, w);
-  if (!b) return;
-  const T* y = static_cast<const T*>(b->y) + n * t.out_height * t.out_width * t.channels;
-  pool_backward(t, *b, image, y, w.pooled, w.a, w.raw);
+  const T* y = nullptr;
+  const Branch* b = pooled_gradient(t, kind, n, image, w, y);
+  if (b) pool_backward(t, *b, image, y, w.pooled, w.a, w.raw);
 }
 
 // Adds scale * dropout(grad) of a skip to w.raw.

@@ -29,7 +29,7 @@ int64_t depth_of(const Task& t, const Branch& b) {
   return b.kind == kConv ? t.channels : gather_depth(t, b);
 }
 
-bool has_product(const Branch& b) { return b.kind != kMaxPool && b.kind != kAvgPool; }
+bool has_product(const Branch& b) { return !is_pool(b.kind); }
 
 // Makes room for the partial statistics and the packed weights of every branch.
 template <class E>
@@ -102,7 +102,7 @@ void branch_rows(const Task& t, const Branch& b, const Packed<Operand<T>>& packe
   const int64_t channels = t.channels, width = t.out_width;
   const int64_t pixels = (end - begin) * width;
   if (!has_product(b)) {
-    pool_rows(t, b, image, begin, end, room, fresh);
+    store_pool(t, b, image, begin, end, fresh);
   } else {
     const int64_t depth = depth_of(t, b);
     Operand<T>* a = operands<T>(room);
@@ -123,7 +123,7 @@ void branch_rows(const Task& t, const Branch& b, const Packed<Operand<T>>& packe
             });
   }
   add_chunk(moments, fresh, pixels, channels);
-  write_out(y + begin * width * channels, fresh, pixels * channels);
+  if (y) write_out(y + begin * width * channels, fresh, pixels * channels);
 }
 
 template <class T>
@@ -131,7 +131,7 @@ void branch_image(const Task& t, const Branch& b, const Packed<Operand<T>>& pack
                   const Plane& plane, const T* image, const Ahead& ahead, int64_t n, float* room,
                   T* fresh, Moments& moments) {
   const int64_t rows = rows_per_chunk(t);
-  T* y = static_cast<T*>(b.y) + n * t.out_height * t.out_width * t.channels;
+  T* y = b.y ? static_cast<T*>(b.y) + n * t.out_height * t.out_width * t.channels : nullptr;
   for (int64_t begin = 0; begin < t.out_height; begin += rows)
     branch_rows(t, b, packed, plane, image, ahead, begin, min_of(t.out_height, begin + rows),
                 room, fresh, y, moments);
@@ -177,8 +177,7 @@ void run(const Task& t, bool second) {
   const int64_t height = second ? t.out_height : t.in_height;
   const int64_t width = second ? t.out_width : t.in_width;
   const int64_t pixels = height * width;
-  const int64_t room_floats =
-      max_of(operand_floats(chunk_pixels(t), max_depth(t)), pool_line_floats(t));
+  const int64_t room_floats = operand_floats(chunk_pixels(t), max_depth(t));
   bool any_conv = false;
   for (int64_t i = 0; i < t.num_branches; ++i) any_conv |= t.branches[i].kind == kConv;
 #pragma omp parallel num_threads(static_cast<int>(t.threads))

@@ -26,10 +26,12 @@ PDARTS_INLINE int64_t factorized_place(const Task& t, int64_t row) {
 
 // The weights of a kFactorized branch as such a matrix.
 PDARTS_INLINE void expand_weights(const Task& t, const Branch& b, float* dense) {
-  const int64_t cx = t.in_channels;
+  const int64_t cx = t.in_channels, even = t.real_channels / 2;
+  const float* odd = b.pointwise_odd ? b.pointwise_odd : b.pointwise + even * cx;
   std::memset(dense, 0, static_cast<size_t>(2 * cx * t.channels) * sizeof(float));
   for (int64_t row = 0; row < t.channels; ++row)
-    std::memcpy(dense + factorized_place(t, row), b.pointwise + row * cx,
+    std::memcpy(dense + factorized_place(t, row),
+                row < even ? b.pointwise + row * cx : odd + (row - even) * cx,
                 static_cast<size_t>(cx) * sizeof(float));
 }
 

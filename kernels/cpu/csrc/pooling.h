@@ -1,7 +1,7 @@
 // 3x3 pooling with padding 1 of one channels-last image, and its backward.
 //
-// Windows overlap, so both poolings first combine rows into a line of one channel block, then its
-// columns; the maximum's backward keeps the columns of its window in registers as it moves.
+// Windows overlap: as one moves along a row it keeps its columns, each of them combined, in registers.
+// The average's backward first combines rows into a line of one channel block, then its columns.
 #pragma once
 
 #include <limits>
@@ -10,6 +10,9 @@
 
 namespace pdarts {
 namespace PDARTS_VARIANT {
+
+// Whether a branch is a pool that is computed anew wherever it is read.
+PDARTS_INLINE bool is_recomputed(const Branch& b) { return is_pool(b.kind) && !b.y; }
 
 // Room for a line: one channel block of a row with a pixel outside on either side.
 PDARTS_INLINE int64_t pool_line_floats(const Task& t) {
@@ -21,54 +24,84 @@ PDARTS_INLINE float inverse_extent(int64_t centre, int64_t size) {
   return 1.0f / static_cast<float>(1 + (centre > 0) + (centre + 1 < size));
 }
 
-// line [1 + in_width + 1][V] = maximum or sum of the rows around `centre`, a channel block of a row;
-// `outside` beyond its ends.
-template <bool kMax, class T>
-PDARTS_INLINE void combine_rows(const Task& t, const T* centre, bool above, bool below,
-                                float* line) {
-  const int64_t row = t.in_width * t.x_stride;
+// Columns that a window moves over before it looks whether the row ends.
+constexpr int kWindows = 4;
+
+// The windows of one row of outputs, a channel block: put(column, a number below kWindows, value).
+// `centre` is the middle row of the windows.
+template <bool kMax, int S, bool kAbove, bool kBelow, class T, class Put>
+PDARTS_INLINE void pool_windows(const Task& t, const T* centre, float height, Put put) {
+  const int64_t width = t.in_width, step = width * t.x_stride;
   const Vec outside = broadcast(kMax ? -std::numeric_limits<float>::infinity() : 0.0f);
-  store(line, outside);
-  store(line + (t.in_width + 1) * V, outside);
-  for (int64_t w = 0; w < t.in_width; ++w) {
+  const auto column = [&](int64_t w) PDARTS_LAMBDA {
     const T* x = centre + w * t.x_stride;
     Vec v = load(x);
-    if (above) v = kMax ? maximum(load(x - row), v) : v + load(x - row);
-    if (below) v = kMax ? maximum(load(x + row), v) : v + load(x + row);
-    store(line + (w + 1) * V, v);
-  }
-}
-
-template <bool kMax, class T>
-PDARTS_INLINE void pool_row(const Task& t, int64_t stride, const T* image, int64_t row, float* line,
-                            T* out) {
-  const int64_t h = row * stride;
-  const float height = inverse_extent(h, t.in_height);
-  for (int64_t c = 0; c < t.channels; c += V) {
-    combine_rows<kMax>(t, image + h * t.in_width * t.x_stride + c, h > 0, h + 1 < t.in_height, line);
-    for (int64_t w = 0; w < t.out_width; ++w) {
-      const float* p = line + w * stride * V;
-      const Vec left = load(p), middle = load(p + V), right = load(p + 2 * V);
-      if constexpr (kMax)
-        store(out + w * t.channels + c, maximum(left, maximum(middle, right)));
-      else
-        store(out + w * t.channels + c,
-              (left + middle + right) * (height * inverse_extent(w * stride, t.in_width)));
+    if constexpr (kAbove) v = kMax ? maximum(load(x - step), v) : v + load(x - step);
+    if constexpr (kBelow) v = kMax ? maximum(load(x + step), v) : v + load(x + step);
+    return v;
+  };
+  const float inner = height * inverse_extent(1, 3);
+  Vec left = outside, middle = column(0);
+  const auto window = [&](int64_t w, int chain, bool inside) PDARTS_LAMBDA {
+    if (S == 2 && w > 0) middle = column(w * S);
+    const Vec right = inside || w * S + 1 < width ? column(w * S + 1) : outside;
+    if constexpr (kMax) {
+      put(w, chain, maximum(left, maximum(middle, right)));
+    } else {
+      const float factor = inside ? inner : height * inverse_extent(w * S, width);
+      put(w, chain, (left + middle + right) * factor);
     }
+    left = S == 1 ? middle : right;
+    if (S == 1) middle = right;
+  };
+  window(0, 0, false);
+  int64_t w = 1;
+  for (; (w + kWindows - 1) * S + 1 < width; w += kWindows) {
+    PDARTS_UNROLL
+    for (int i = 0; i < kWindows; ++i) window(w + i, i, true);
+  }
+  for (; w < t.out_width; ++w) window(w, 0, false);
+}
+
+// Channels [c, c + V) of rows [begin, end) of a kMaxPool or kAvgPool branch: put(pixel from row
+// `begin` on, a number below kWindows that alternates, value).
+template <bool kMax, int S, class T, class Put>
+PDARTS_INLINE void pool_rows(const Task& t, const T* image, int64_t begin, int64_t end, int64_t c,
+                             Put put) {
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t h = row * S, first = (row - begin) * t.out_width;
+    const T* centre = image + h * t.in_width * t.x_stride + c;
+    const float height = inverse_extent(h, t.in_height);
+    const auto put_row = [&](int64_t w, int chain, Vec v)
+                             PDARTS_LAMBDA { put(first + w, chain, v); };
+    const bool above = h > 0, below = h + 1 < t.in_height;
+    if (above && below) pool_windows<kMax, S, true, true>(t, centre, height, put_row);
+    else if (above) pool_windows<kMax, S, true, false>(t, centre, height, put_row);
+    else if (below) pool_windows<kMax, S, false, true>(t, centre, height, put_row);
+    else pool_windows<kMax, S, false, false>(t, centre, height, put_row);
   }
 }
 
-// y [out pixels, C] = rows [begin, end) of a kMaxPool or kAvgPool branch. `line` has room for
-// `pool_line_floats`.
-template <class T>
+// The same for any branch.
+template <class T, class Put>
 PDARTS_INLINE void pool_rows(const Task& t, const Branch& b, const T* image, int64_t begin,
-                             int64_t end, float* line, T* y) {
-  for (int64_t row = begin; row < end; ++row, y += t.out_width * t.channels) {
-    if (b.kind == kMaxPool)
-      pool_row<true>(t, b.stride, image, row, line, y);
-    else
-      pool_row<false>(t, b.stride, image, row, line, y);
-  }
+                             int64_t end, int64_t c, Put put) {
+  if (b.kind == kMaxPool)
+    b.stride == 1 ? pool_rows<true, 1>(t, image, begin, end, c, put)
+                  : pool_rows<true, 2>(t, image, begin, end, c, put);
+  else
+    b.stride == 1 ? pool_rows<false, 1>(t, image, begin, end, c, put)
+                  : pool_rows<false, 2>(t, image, begin, end, c, put);
+}
+
+// y [out pixels, C] = rows [begin, end) of a kMaxPool or kAvgPool branch.
+template <class T>
+PDARTS_SHARED void store_pool(const Task& t, const Branch& b, const T* image, int64_t begin,
+                              int64_t end, T* y) {
+  for (int64_t c = 0; c < t.channels; c += V)
+    pool_rows(t, b, image, begin, end, c, [&](int64_t p, int, Vec v) PDARTS_LAMBDA {
+      store(y + p * t.channels + c, v);
+    });
 }
 
 // line [1 + out_width + 1][V] = a channel block of the N rows of dy from `row` on, each divided by the

@@ -35,13 +35,37 @@ PDARTS_INLINE void add_sum(int64_t pixels, int64_t channels, double* total, F f)
   }
 }
 
-// `ahead` is what is read next.
+// A pool that is stored nowhere, rows [begin, end) of what `image` gives.
 template <class T>
-void branch_sums(const Task& t, const Branch& b, const T* g, int64_t first, int64_t pixels,
+PDARTS_SHARED void pool_sums(const Task& t, const Branch& b, const T* g, const T* image,
+                             int64_t begin, int64_t end, const Ahead& ahead, double* total) {
+  const Task pool = pool_task(t, b);
+  for (int64_t c = 0; c < t.channels; c += V) {
+    const Vec scale = load(b.scale + c), shift = load(b.shift + c);
+    Vec sum[kWindows] = {};
+    pool_rows(pool, b, image, begin, end, c, [&](int64_t p, int chain, Vec v) PDARTS_LAMBDA {
+      ahead.ask(p, c / V);
+      sum[chain] += load(g + p * t.x_stride + c) * (as_stored<T>(v) * scale + shift);
+    });
+    float chunk[V];
+    store(chunk, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+    add_sums(total + c, chunk, V);
+  }
+}
+
+// Rows [begin, end) of image n; `ahead` is what is read next.
+template <class T>
+void branch_sums(const Task& t, const Branch& b, const T* g, int64_t n, int64_t begin, int64_t end,
                  const Ahead& ahead, float* factors, double* total) {
-  const int64_t gs = t.x_stride;
+  if (is_recomputed(b)) {
+    pool_sums(t, b, g, entering<T>(t, b, n, 0).data, begin, end, ahead, total);
+    return;
+  }
+  const Entering<T> from = entering<T>(t, b, n, begin);
+  const int64_t gs = t.x_stride, pixels = (end - begin) * t.out_width;
+  const int64_t first = (n * t.out_height + begin) * t.out_width;
   if (b.kind != kSkip) {
-    const T* y = operand<T>(b) + first * t.channels;
+    const T* y = from.data;
     add_sum(pixels, t.channels, total, [&](int64_t p, int64_t c) {
       ahead.ask(p, c / V);
       return load(g + p * gs + c) *
@@ -49,7 +73,7 @@ void branch_sums(const Task& t, const Branch& b, const T* g, int64_t first, int6
     });
     return;
   }
-  const T* x = operand<T>(b) + first * b.input_stride;
+  const T* x = from.data;
   if (b.mask) {
     const uint8_t* keep = b.mask + first * t.channels;
     add_sum(pixels, t.channels, total, [&](int64_t p, int64_t c) {
@@ -74,11 +98,25 @@ void branch_sums(const Task& t, const Branch& b, const T* g, int64_t first, int6
   });
 }
 
+// total [branches + 1, C] += sums of rows [begin, end) of image n.
+template <class T>
+void run_sums(const Task& t, int64_t n, int64_t begin, int64_t end, float* factors,
+              double* total) {
+  const int64_t pixels = (end - begin) * t.out_width;
+  const T* g =
+      static_cast<const T*>(t.x) + (n * t.out_height + begin) * t.out_width * t.x_stride;
+  add_sum(pixels, t.channels, total,
+          [&](int64_t p, int64_t c) { return load(g + p * t.x_stride + c); });
+  for (int64_t i = 0; i < t.num_branches; ++i)
+    branch_sums(t, t.branches[i], g, n, begin, end, entering_ahead<T>(t, i, n, begin, end),
+                factors, total + (i + 1) * t.channels);
+}
+
 template <class T>
 void run(const Task& t) {
-  const int64_t channels = t.channels, plane = t.out_height * t.out_width;
+  const int64_t channels = t.channels;
   const int64_t columns = (t.num_branches + 1) * channels;
-  const int64_t step = kRun / channels < 1 ? 1 : kRun / channels;
+  const int64_t rows = rows_per_run(t, kRun), step = rows * t.out_width;
   Scratch& shared = shared_scratch;
   shared.reset(Scratch::bytes_for<double>(t.groups * columns));
   double* partial = shared.take<double>(t.groups * columns);
@@ -94,16 +132,9 @@ void run(const Task& t) {
     for (int64_t group = 0; group < t.groups; ++group) {
       const Range range = group_range(t, group);
       double* total = partial + group * columns;
-      const int64_t last = range.end * plane;
-      for (int64_t first = range.begin * plane; first < last; first += step) {
-        const int64_t pixels = min_of(step, last - first);
-        const T* g = static_cast<const T*>(t.x) + first * t.x_stride;
-        add_sum(pixels, channels, total,
-                [&](int64_t p, int64_t c) { return load(g + p * t.x_stride + c); });
-        for (int64_t i = 0; i < t.num_branches; ++i)
-          branch_sums(t, t.branches[i], g, first, pixels, operand_ahead<T>(t, i, first, pixels),
-                      factors, total + (i + 1) * channels);
-      }
+      for (int64_t n = range.begin; n < range.end; ++n)
+        for (int64_t begin = 0; begin < t.out_height; begin += rows)
+          run_sums<T>(t, n, begin, min_of(begin + rows, t.out_height), factors, total);
     }
   }
   for (int64_t i = 0; i <= t.num_branches; ++i) {

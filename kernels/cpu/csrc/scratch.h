@@ -97,6 +97,12 @@ PDARTS_INLINE int64_t rows_per_chunk(const Task& task) {
   return rows < 1 ? 1 : rows;
 }
 
+// Rows of the output that hold about `count` numbers.
+PDARTS_INLINE int64_t rows_per_run(const Task& task, int64_t count) {
+  const int64_t rows = count / (task.channels * task.out_width);
+  return rows < 1 ? 1 : rows < task.out_height ? rows : task.out_height;
+}
+
 PDARTS_INLINE int64_t chunk_pixels(const Task& task) {
   return rows_per_chunk(task) * task.out_width;
 }

@@ -13,6 +13,8 @@
 #define PDARTS_UNROLL _Pragma("GCC unroll 64")
 #define PDARTS_INLINE static inline __attribute__((always_inline))
 #define PDARTS_INLINE_METHOD inline __attribute__((always_inline))
+// A lambda that takes part in an unrolled loop.
+#define PDARTS_LAMBDA __attribute__((always_inline))
 // Compiled once for all storage types and callers: these unroll into thousands of instructions.
 #define PDARTS_SHARED [[maybe_unused]] static __attribute__((noinline))
 
