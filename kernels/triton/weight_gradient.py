@@ -245,11 +245,14 @@ def contract(call: Call, arrays: Arrays, division: Division, partials: Tensor) -
     weights = packed(arrays.weights, arrays.y.dtype)
     # One channel a program on a GPU: there are few. The interpreter wants few programs.
     block_c, width = block_channels(channels), division.width
-    block_x = min(64, block_channels(width)) if common.INTERPRETED else 1
+    block_x, block = 1, _ELEMENTS // block_c
+    if common.INTERPRETED:
+        block_x = min(64, block_channels(width))
+        block = min(block, triton.next_power_of_2(division.parts))
     _weight_gradients_kernel[(len(table), triton.cdiv(width, block_x))](
         partials, weights.taps, weights.matrices, grad, table,
         C=channels, BLOCK_C=block_c, BLOCK_X=block_x,
-        BLOCK=_ELEMENTS // block_c * common.TILE_SCALE,
+        BLOCK=block,
         # Left alone, the assembler aims at 32 registers for sm_80 and spills.
         maxnreg=64,
     )  # fmt: skip

@@ -17,7 +17,8 @@ from . import common
 from .common import block_channels, pixel_stride
 from .gradient_rows import MAX_NODES
 
-_PROGRAMS = 512
+# The interpreter pays for every program, a GPU wants many.
+_PROGRAMS = 16 if common.INTERPRETED else 512
 
 # What the items of a task read: rows of a stack of the outputs' shape, of larger states, or from
 # INPUT on the inputs of the cell.
@@ -88,7 +89,9 @@ class Settings:
     warps: int
 
 
-def settings(element: int, channels: int, *, large: bool, ampere: bool) -> Settings:
+def settings(
+    element: int, channels: int, *, large: bool, ampere: bool, pixels: int = 512
+) -> Settings:
     """Tile of a task.
 
     Args:
@@ -96,10 +99,11 @@ def settings(element: int, channels: int, *, large: bool, ampere: bool) -> Setti
         channels: C.
         large: Whether an item has more than 128 rows: taps times input channels.
         ampere: Whether the GPU is older than sm_90.
+        pixels: Of the largest output, for the interpreter.
     """
     block = block_channels(channels)
     if common.INTERPRETED:
-        return Settings(512, 512, block, 4)
+        return Settings(512, max(16, min(512, triton.next_power_of_2(pixels))), block, 4)
     if element == 4:
         return Settings(64, 32, 16, 4)
     if large and not ampere:
@@ -142,6 +146,7 @@ class Division:
         iterations, raw: Tiles that all programs go through, and those that they rectify; for the
             time model.
         width: Of the widest inputs.
+        parts: Most partial sums of a Q.
     """
 
     settings: Settings
@@ -153,6 +158,7 @@ class Division:
     iterations: int
     raw: int
     width: int
+    parts: int
 
 
 def _word(*fields: tuple[int, int]) -> int:
@@ -234,7 +240,8 @@ def divide(
     """
     block = block_channels(channels)
     largest = max(item.taps * min(t.shape[-1], block) for t in tasks for item in t.products)
-    chosen = settings(element, channels, large=largest > 128, ampere=ampere)
+    pixels = max(t.size[0] * t.size[1] for t in tasks)
+    chosen = settings(element, channels, large=largest > 128, ampere=ampere, pixels=pixels)
     block = min(block, chosen.block_k)
     rows = [_rows(t.products, t.shape[-1], block, chosen.block_k) for t in tasks]
     tiles = [triton.cdiv(t.size[0] * t.size[1], chosen.block_p) for t in tasks]
@@ -265,9 +272,10 @@ def divide(
             split = half if item.spread == 3 else channels
             contraction.append([begin, item.taps, *kind, width, parts, split])
             begin += item.taps * width * parts
-    widest = max(task.shape[-1] for task in tasks)
+    widest, most = max(task.shape[-1] for task in tasks), max(head[5] for head in heads)
+    iterations = len(programs) * chunk
     return Division(
-        chosen, programs, heads, contraction, chunk, begin, len(programs) * chunk, raw, widest
+        chosen, programs, heads, contraction, chunk, begin, iterations, raw, widest, most
     )
 
 
