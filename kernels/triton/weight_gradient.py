@@ -269,15 +269,21 @@ def weight_gradients(call: Call, arrays: Arrays, task: Task, inputs: Tensor, coe
 def _specialisations() -> list[Specialisation]:
     """Those that launchers record, and for sm_80 what they launch there instead."""
     found = []
-    for one in search_specialisations(_weight_products_kernel, product=True):
-        if one.constants["BLOCK_K"] <= 128:
+    for recorded in search_specialisations(_weight_products_kernel, product=True):
+        rows = recorded.constants["BLOCK_K"]
+        one = replace(recorded, note=f"{rows} rows")
+        if rows <= 128:
             found.append(one)
             continue
         found.append(replace(one, targets=("sm_90", "sm_100", "gfx942")))
         older = settings(2, one.constants["C"], large=True, ampere=True)
         tile = {"BLOCK_K": older.block_k, "CB": min(one.constants["CB"], older.block_k)}
-        constants = one.constants | tile
-        found.append(replace(one, constants=constants, num_warps=older.warps, targets=("sm_80",)))
+        found.append(
+            replace(
+                one, constants=one.constants | tile, num_warps=older.warps, targets=("sm_80",),
+                note=f"{older.block_k} rows",
+            )
+        )  # fmt: skip
     return found
 
 

@@ -122,18 +122,17 @@ def packed(weights: Weights, storage: torch.dtype) -> Packed:
         weights: float32; no padding of channels may leave 9 or 25 input channels.
         storage: dtype of the arrays.
     """
-    total = weights.flat.numel()
-    if weights.extra.numel():
-        return _within(weights.extra, total, storage)
     found = _packed.get(weights)
     if found is None or found.matrices.dtype != storage:
-        flat = weights.flat
-        found = _within(flat.new_empty(room(total, storage)), total, storage)
-        _packed[weights] = found
-        _pack_weights_kernel[(triton.cdiv(total, BLOCK),)](
-            flat, index(weights), found.taps, found.pairs, found.matrices, total, BLOCK=BLOCK,
-            PAIRS=storage == torch.bfloat16,
-        )  # fmt: skip
+        flat, kept = weights.flat, weights.extra
+        total = flat.numel()
+        ready = kept if kept.numel() else flat.new_empty(room(total, storage))
+        found = _packed[weights] = _within(ready, total, storage)
+        if not kept.numel():
+            _pack_weights_kernel[(triton.cdiv(total, BLOCK),)](
+                flat, index(weights), *found.arrays(), total, BLOCK=BLOCK,
+                PAIRS=storage == torch.bfloat16,
+            )  # fmt: skip
     return found
 
 
