@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from pdarts_fast.bench import measure, rivals, run
+from pdarts_fast.bench import gpu_cell, measure, rivals, run
 from pdarts_fast.kernels import backends
 
 needs_cpu = pytest.mark.skipif(
@@ -76,3 +76,22 @@ def test_measuring_what_is_saved_keeps_nothing() -> None:
     assert measure.saved_bytes(network, forward) == (2 * 4 + 2 * 3) * 4
     gc.collect()
     assert outputs[0]() is None
+
+
+@needs_cpu
+def test_a_cell_is_measured_on_any_device() -> None:
+    pytest.importorskip("triton", reason="bytes of a pass are those of the Triton kernels")
+    bench = gpu_cell.CellBench.make(16, 8, 2, "cpu", torch.device("cpu"))
+    with torch.no_grad():
+        want = bench.cell.forward_op_by_op(bench.s0.float(), bench.s1.float(), bench.weights)
+    assert (bench.fused().float() - want).norm() < 0.03 * want.norm()
+    found = gpu_cell.measure_cell(bench, 1, compiled=False)
+    rivals = {gpu_cell.FUSED, gpu_cell.PUBLISHED, gpu_cell.AUTOCAST}
+    assert {name for name in found if name.startswith("ms, ")} == {f"ms, {n}" for n in rivals}
+    assert found["times faster than published"] == pytest.approx(
+        found["ms, published"] / found["ms, fused"]
+    )
+    moved = found["GB/s"] * found["ms, fused"] * 1e6
+    assert moved == pytest.approx(bench.bytes())
+    # Inputs alone, read by the forward and the backward pass.
+    assert moved > 4 * bench.s1.numel() * 2

@@ -52,11 +52,17 @@ def matmul_rate(size: int = 1024, repeats: int = 5) -> float:
     return 2 * size**3 / timing.best
 
 
-def copy_rate(mebibytes: int = 128, repeats: int = 5) -> float:
-    """Bytes/s read plus written by a stream copy: what memory can reach here."""
-    source = torch.zeros(mebibytes << 18)
+def copy_rate(mebibytes: int = 128, repeats: int = 5, device: torch.device | str = "cpu") -> float:
+    """Bytes/s read plus written by a stream copy: what memory can reach on a device."""
+    source = torch.zeros(mebibytes << 18, device=device)
     target = torch.empty_like(source)
-    timing = interleaved({"copy": lambda: target.copy_(source)}, repeats)["copy"]
+
+    def copy() -> None:
+        target.copy_(source)
+        if source.is_cuda:
+            torch.cuda.synchronize(source.device)
+
+    timing = interleaved({"copy": copy}, repeats)["copy"]
     return 2 * source.nbytes / timing.best
 
 
