@@ -1,7 +1,7 @@
-"""A cell on a GPU against the published graph and torch.compile: ``pytest -m gpu tests benchmarks``.
+"""A cell on a GPU against the published graph and torch.compile: ``-m gpu tests benchmarks``.
 
-Correctness first (``tests/kernels/test_gpu.py`` has more); times in turns, peak memory, GB/s and the
-ratio to the roofline are in ``extra_info`` (``--benchmark-json FILE``).
+Correctness first (``tests/kernels/test_gpu.py`` has more); times in turns, peak memory, GB/s and
+the ratio to the roofline are in ``extra_info`` (``--benchmark-json FILE``).
 """
 
 from __future__ import annotations
