@@ -193,6 +193,11 @@ class SearchConfig(Settings):
         """Number of stages."""
         return len(self.cells)
 
+    @property
+    def widest_cell(self) -> int:
+        """C of the widest cell: both reductions double it."""
+        return 4 * max(self.channels)
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     "cifar10": {},

@@ -152,7 +152,7 @@ def run_evaluate(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     network = trained.network.to(device)
-    backend = choice.resolve(config.backend, device.type)
+    backend = choice.resolve(config.backend, device.type, network.widest_cell)
     network.use_backend(config.backend)
     scores, classes = _scores(trained, config, device)
     speeds = [

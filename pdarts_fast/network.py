@@ -196,11 +196,15 @@ class _DerivedNetwork(nn.Module):
         self._requested_backend = name
         self._backend_of_device.clear()
 
+    @property
+    def widest_cell(self) -> int:
+        """C of the widest cell."""
+        return max(cell.C for cell in self.cells if isinstance(cell, Cell))
+
     def _use_backend_of(self, device_type: str) -> None:
         """Resolves the backend once a device type, so ``.cuda()`` after building may change it."""
         if device_type not in self._backend_of_device:
-            widest = max(cell.C for cell in self.cells if isinstance(cell, Cell))
-            chosen = choice.resolve(self._requested_backend, device_type, widest)
+            chosen = choice.resolve(self._requested_backend, device_type, self.widest_cell)
             self._backend_of_device[device_type] = chosen
         chosen = self._backend_of_device[device_type]
         for cell in self.cells:

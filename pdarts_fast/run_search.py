@@ -79,7 +79,7 @@ def _check(config: SearchConfig, path: Path, ranks: Ranks) -> torch.device:
         _require_same_settings(config, path)
     device = pick_device(config.device, ranks.launch)
     check_cuda_graphs(device, config.cuda_graphs, ranks.backend(device))
-    backends.resolve(config.backend, device)
+    backends.resolve(config.backend, device, config.widest_cell)
     if config.tensorboard:
         require_tensorboard()
     if config.threads is not None:
@@ -193,7 +193,7 @@ def _description(
         config,
         search_command(config),
         dataset.facts(config.dataset),
-        hardware(device, backends.resolve(config.backend, device), ranks.size),
+        hardware(device, backends.resolve(config.backend, device, config.widest_cell), ranks.size),
     )
 
 

@@ -83,7 +83,7 @@ def _check(config: TrainConfig, path: Path, ranks: Ranks) -> torch.device:
     check_batch_size(config.batch_size, ranks.size)
     device = pick_device(config.device, ranks.launch)
     check_cuda_graphs(device, config.cuda_graphs, ranks.backend(device))
-    choice.resolve(config.backend, device.type)
+    choice.resolve(config.backend, device.type, config.widest_cell)
     if config.tensorboard:
         require_tensorboard()
     if config.threads is not None:
@@ -189,7 +189,9 @@ def _description(
         config,
         command_line(config, config.preset, base),
         data.facts,
-        hardware(device, choice.resolve(config.backend, device.type), ranks.size),
+        hardware(
+            device, choice.resolve(config.backend, device.type, config.widest_cell), ranks.size
+        ),
     ) | {"network": dataclasses.asdict(cost)}
 
 

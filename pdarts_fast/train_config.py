@@ -165,6 +165,11 @@ class TrainConfig(Settings):
     """Also write TensorBoard event files (needs the extra `tensorboard`)."""
 
     @property
+    def widest_cell(self) -> int:
+        """C of the widest cell: both reductions double it."""
+        return 4 * self.channels
+
+    @property
     def streams(self) -> bool:
         """Whether images are read from files as they are needed."""
         if self.loader == "auto":

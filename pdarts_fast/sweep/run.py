@@ -164,10 +164,10 @@ def _check_runs(plan: Plan, *, on_ray: bool) -> None:
             if ":" in config.device:
                 raise UsageError(f"--device {config.device}: Ray gives each run a GPU; use cuda")
             continue
-        machine = (config.device, config.amp, config.backend)
+        machine = (config.device, config.amp, config.backend, config.widest_cell)
         if machine not in seen:
             seen.add(machine)
-            backends.resolve(config.backend, pick_device(config.device))
+            backends.resolve(config.backend, pick_device(config.device), config.widest_cell)
 
 
 def _download(plan: Plan) -> None:
