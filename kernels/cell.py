@@ -67,7 +67,7 @@ def prepare(cell: nn.Module) -> Names:
     return names
 
 
-def is_traced(x: Tensor) -> bool:
+def _traced(x: Tensor) -> bool:
     """Whether what happens is recorded or transformed: a cell must then be an operator."""
     return (
         torch.compiler.is_compiling()
@@ -104,7 +104,7 @@ def run(backend: str, cell: nn.Module, s0: Tensor, s1: Tensor, alphas: Tensor) -
     weights = [module.weight for module in names.convolutions]
     read = [] if cell.training else running
     settings = (rate, state, names.key, backend, cell.training, dtype)
-    traced = is_traced(s1)
+    traced = _traced(s1)
     if traced:
         operator = torch.ops.pdarts_fast.cell_forward
         out, *_, batch_moments, _, _ = operator(s0, s1, alphas, weights, read, *settings)

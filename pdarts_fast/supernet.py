@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pdarts_fast import search_space, stem
+from pdarts_fast import search_space
 from pdarts_fast.genotype import PRIMITIVES
 from pdarts_fast.kernels import backends
 from pdarts_fast.kernels.plan import STREAMS_PER_CELL
@@ -288,7 +288,7 @@ class Network(nn.Module):
             self.skip_dropout.advance()
         weights_normal = self._edge_weights(self.alphas_normal, "normal")
         weights_reduce = self._edge_weights(self.alphas_reduce, "reduce")
-        s0 = s1 = stem.run(self.stem, x, fused=self.cells[0].backend != backends.REFERENCE)
+        s0 = s1 = self.stem(x)
         for cell in self.cells:
             s0, s1 = s1, cell(s0, s1, weights_reduce if cell.reduction else weights_normal)
         return self.classifier(self.global_pooling(s1).flatten(1))
