@@ -23,7 +23,7 @@ from .interface import AnyCell, Arrays, Backend, WholeCell
 from .plan import Plan
 from .reference import Reference
 from .rows import as_image, as_rows, copy_shape, fake_image, refuse_second_derivative
-from .running import move_statistics
+from .running import move_statistics, running_moments
 from .weights import Weights, layout
 
 _BACKENDS: dict[str, Backend] = {"reference": Reference()}
@@ -93,15 +93,6 @@ def _output_size(plan: Plan, s1: Tensor) -> tuple[int, int, int]:
 def _whole_output(plan: Plan, channels: int) -> bool:
     """Whether the array of the nodes is the output as it stands."""
     return plan.multiplier == plan.steps and channels == plan.channels
-
-
-def _running_moments(plan: Plan, running: list[Tensor], channels: int) -> Tensor:
-    """Running means and variances as float64 ``[norms, 2, C]``."""
-    stats = running[0].new_zeros(len(plan.norms), 2, channels, dtype=torch.float64)
-    for i in range(len(plan.norms)):
-        stats[i, 0, : plan.channels] = running[2 * i]
-        stats[i, 1, : plan.channels] = running[2 * i + 1]
-    return stats
 
 
 Empty = Callable[[tuple[int, ...], Tensor, torch.dtype], Tensor]
@@ -223,8 +214,7 @@ def forward_pass(
             copy.copy_(as_rows(s, dtype, primitives.channels(count)))
     saved = _saved(s0, s1, outputs)
     if not training:
-        running_moments = _running_moments(plan, running, channels)
-        saved.norms.copy_(moments.normalisation(running_moments))
+        saved.norms.copy_(moments.normalisation(running_moments(plan, running, channels)))
     outputs[9].copy_(rate)
     arrays = _arrays(plan, primitives, saved, weights, (rate, state), training, False, whole)
     if whole is not None:

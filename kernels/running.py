@@ -52,3 +52,12 @@ def move_statistics(
     picked = [flat[2 * slot + i] for slot in plan.norm_slots for i in (0, 1)]
     torch._foreach_lerp_(running, picked, moments.MOMENTUM)
     torch._foreach_add_(batches, 1)
+
+
+def running_moments(plan: Plan, running: list[Tensor], channels: int) -> Tensor:
+    """Running means and variances as float64 ``[norms, 2, C]``."""
+    stats = running[0].new_zeros(len(plan.norms), 2, channels, dtype=torch.float64)
+    for i in range(len(plan.norms)):
+        stats[i, 0, : plan.channels] = running[2 * i]
+        stats[i, 1, : plan.channels] = running[2 * i + 1]
+    return stats

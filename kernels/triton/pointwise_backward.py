@@ -30,20 +30,6 @@ from .weights import packed
 _BLOCK_N, _REGISTERS = 32, 128
 
 
-@triton.jit
-def _masked_store(
-    value, x_ptr, out_ptr, incoming_ptr, pixel, m, k, x_pixel, incoming_pixel, CX,
-    INCOMING: tl.constexpr,
-):  # fmt: skip
-    x = tl.load(x_ptr + pixel[:, None] * x_pixel + k[None, :], mask=m, other=0.0).to(tl.float32)
-    value = tl.where(x > 0, value, 0.0)
-    if INCOMING:
-        at = pixel[:, None] * incoming_pixel + k[None, :]
-        value += tl.load(incoming_ptr + at, mask=m, other=0.0).to(tl.float32)
-    at = pixel[:, None] * CX + k[None, :]
-    tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=m)
-
-
 @triton.jit(do_not_specialize=["pixels", "H", "W", "H_OUT", "W_OUT"])
 def _pointwise_backward_kernel(
     grad_ptr, grad1_ptr, y_ptr, y1_ptr, x_ptr, x1_ptr, coef_ptr, matrices_ptr, incoming_ptr,

@@ -1,8 +1,9 @@
 """1x1 convolutions of rectified inputs: preprocessing and factorized reduces, with moments.
 
     POINTWISE:   y[p] = W relu(x[p])
-    FACTORIZED:  the first SPLIT channels see even rows and columns, the others odd ones
+    FACTORIZED:  the first half of the channels sees even rows and columns, the other odd ones
 
+Weights are read as they are, not packed: a whole pass packs them in programs of the same launch.
 Reference: ``Reference.fan_out``.
 """
 
