@@ -18,7 +18,7 @@ from .cell_operator import (
     register_backend,
 )
 from .eager_cell import EagerCell
-from .rows import storage_dtype
+from .rows import is_traced, storage_dtype
 
 __all__ = [
     "Names",
@@ -67,16 +67,6 @@ def prepare(cell: nn.Module) -> Names:
     return names
 
 
-def _traced(x: Tensor) -> bool:
-    """Whether what happens is recorded or transformed: a cell must then be an operator."""
-    return (
-        torch.compiler.is_compiling()
-        or type(x) is not Tensor
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-    )
-
-
 def run(backend: str, cell: nn.Module, s0: Tensor, s1: Tensor, alphas: Tensor) -> Tensor:
     """What ``Cell.forward`` returns, by the primitives of a backend.
 
@@ -104,7 +94,7 @@ def run(backend: str, cell: nn.Module, s0: Tensor, s1: Tensor, alphas: Tensor) -
     weights = [module.weight for module in names.convolutions]
     read = [] if cell.training else running
     settings = (rate, state, names.key, backend, cell.training, dtype)
-    traced = _traced(s1)
+    traced = is_traced(s1)
     if traced:
         operator = torch.ops.pdarts_fast.cell_forward
         out, *_, batch_moments, _, _ = operator(s0, s1, alphas, weights, read, *settings)

@@ -1,7 +1,7 @@
 """Images ``[N, C, H, W]`` as the rows ``[N, H, W, C]`` that primitives read, and back.
 
 C is padded with zeros to what a backend takes. Also what operators over the primitives share: the
-dtype they store, and the refusal of second derivatives.
+dtype they store, when they are needed, and the refusal of second derivatives.
 """
 
 from __future__ import annotations
@@ -59,6 +59,16 @@ def fake_image(like: Tensor, wanted: bool) -> Tensor:
     if not wanted:
         return like.new_empty(0)
     return like.new_empty((like.shape[0], *like.shape[2:], like.shape[1])).permute(0, 3, 1, 2)
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether what happens is recorded or transformed: functions must then be operators."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def refuse_second_derivative(backward: Any, subject: str, instead: str) -> None:

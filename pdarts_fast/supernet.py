@@ -24,6 +24,7 @@ from pdarts_fast.kernels.plan import STREAMS_PER_CELL
 from pdarts_fast.operations import OPS, FactorizedReduce, Identity, ReLUConvBN, batch_norm
 from pdarts_fast.search_space import NUM_INPUTS, Switches
 from pdarts_fast.skip_dropout import DropoutControl, SkipDropout
+from pdarts_fast.stem import Stem
 
 SwitchTable = Sequence[Sequence[bool]] | np.ndarray
 """Which primitives are alive on which edge: ``[edges, 8]`` booleans."""
@@ -241,10 +242,7 @@ class Network(nn.Module):
         self._backend_of_device: dict[str, str] = {}
 
         stem_channels = stem_multiplier * C
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, stem_channels, 3, padding=1, bias=False),
-            batch_norm(stem_channels, affine=True),
-        )
+        self.stem = Stem(stem_channels)
         self.cells = nn.ModuleList()
         out_channels = self._append_cells(stem_channels)
         self.global_pooling = nn.AdaptiveAvgPool2d(1)
@@ -355,6 +353,7 @@ class Network(nn.Module):
         for cell in self.cells:
             if cast(Cell, cell).backend != chosen:
                 cast(Cell, cell).use_backend(chosen)
+        self.stem.backend = chosen
         return chosen
 
     def extra_repr(self) -> str:

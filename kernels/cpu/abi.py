@@ -6,8 +6,10 @@ import ctypes
 
 import numpy as np
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 FAN_OUT, MID, AFFINE, MIX, REDUCE, MID_BACKWARD, FAN_IN = range(7)
+PATCHES = 6
+"""Kind of the stem's convolution, which no plan has."""
 
 _INT = ctypes.c_int64
 _POINTER = ctypes.c_void_p

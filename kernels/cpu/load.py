@@ -43,14 +43,17 @@ def register() -> None:
     Raises:
         LibraryError: The library does not run here.
     """
-    from .. import cell_operator
+    from .. import cell_operator, stem
     from .primitives import CompiledPrimitives
+    from .stem import CompiledStem
     from .whole_cell import CompiledCell
 
     found = _load()
     if isinstance(found, LibraryError):
         raise found
-    cell_operator.register_backend("cpu", CompiledPrimitives(found), CompiledCell(found))
+    primitives = CompiledPrimitives(found)
+    cell_operator.register_backend("cpu", primitives, CompiledCell(found))
+    stem.register("cpu", CompiledStem(primitives))
 
 
 def prepare_cell(cell: nn.Module) -> None:

@@ -1,4 +1,7 @@
-"""``accelerate``: makes the cells of somebody else's network run on this package's kernels."""
+"""``accelerate``: makes the cells of somebody else's network run on this package's kernels.
+
+And its stem, where that is the usual one.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from pdarts_fast.dropin import fused, probe, swap
 from pdarts_fast.dropin.modules import Modules
 from pdarts_fast.dropin.recognise import NotRecognised, Recipe, describe, find_cells, recognise
 from pdarts_fast.dropin.reporting import Report, say_once
+from pdarts_fast.dropin.stem import FusedStem, is_stem
 from pdarts_fast.dropin.watch import Watch, signature
 from pdarts_fast.kernels import backends
 from pdarts_fast.kernels.plan import FACTORIZED
@@ -296,9 +300,13 @@ def _accelerate(model: nn.Module, settings: _Settings, *, quiet: bool) -> Report
 
 
 def _swap_networks(model: nn.Module, settings: _Settings, cells: list[nn.Module]) -> None:
-    """Classes of networks: for ``new``, and for autocast of the outermost one."""
+    """Classes of stems, and of networks: for ``new``, and for autocast of the outermost one."""
     inside = {part for cell in cells for part in cell.modules()}
     for module in list(model.modules()):
+        if module not in inside and is_stem(module):
+            own = swap.own_class(module)
+            swap.put_on(module, swap.swapped_class(own, FusedStem), _Holder(settings))
+            continue
         if module in inside or (module is not model and not inside & {*module.modules()}):
             continue
         swap.take_off(module)

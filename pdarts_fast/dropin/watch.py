@@ -19,9 +19,9 @@ from torch.nn.modules import module as torch_module
 
 # What torch keeps in every module.
 _OF_TORCH = frozenset(vars(nn.Module()))
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_READ_HOOKS = itemgetter(*_HOOKS)
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_READ_HOOKS = itemgetter(*HOOKS)
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 _OF_REPLICAS = ("_is_replica", "_former_parameters")
 _PLAIN = (int, float, bool, str, bytes, type(None))
 _CODE = (type, types.FunctionType, types.BuiltinFunctionType)
@@ -89,6 +89,11 @@ def parameters_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
     if "_is_replica" in module.__dict__:
         return module.__dict__["_former_parameters"]
     return module._parameters  # type: ignore[return-value]
+
+
+def hooks_on_all_modules() -> bool:
+    """Whether torch calls hooks for whatever module runs."""
+    return any(getattr(torch_module, name, None) for name in _GLOBAL_HOOKS)
 
 
 def _rate_of(dropouts: Iterable[nn.Dropout]) -> float | None:
@@ -174,9 +179,8 @@ class Watch:
 
     def hook(self) -> str | None:
         """Which module has a hook that a fused cell would not call."""
-        for name in _GLOBAL_HOOKS:
-            if getattr(torch_module, name, None):
-                return "hooks on all modules are registered"
+        if hooks_on_all_modules():
+            return "hooks on all modules are registered"
         for entry in self._entries:
             if any(_READ_HOOKS(entry.module.__dict__)) and entry.module is not self._cell:
                 return f"a hook is registered on a {entry.cls.__name__} in it"

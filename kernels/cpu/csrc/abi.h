@@ -16,6 +16,7 @@ enum Kind : int64_t {
   kFactorized = 3, // y = conv(relu(x)) at even pixels + conv(relu(x)) at odd pixels
   kPointwise = 4,  // y = conv1x1(relu(x))
   kSkip = 5,       // x itself, with dropout if stream >= 0
+  kPatches = 6,    // y = conv(x) without ReLU, of an image that is padded already
 };
 
 inline bool is_pool(int64_t kind) { return kind == kMaxPool || kind == kAvgPool; }
@@ -26,7 +27,8 @@ struct Branch {
   int64_t stream;                // dropout stream of a skip, -1 for none
   const float* depthwise;        // [C, kernel, kernel]
   const float* pointwise;        // [C, Cx]; rows below real_channels / 2 of a
-                                 // kFactorized read even pixels, the others odd ones
+                                 // kFactorized read even pixels, the others odd ones;
+                                 // [C, kernel, kernel, Cx] of a kPatches, rows padded to vectors
   const float* pointwise_odd;    // those, or null if they follow
   void* y;                       // [M, C] storage: output before BatchNorm; null of a pool that
                                  // is stored nowhere: mix, reduce and fan_in compute it anew

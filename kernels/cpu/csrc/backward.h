@@ -24,7 +24,7 @@ template <class T>
 using Packed = BackwardBranch<Operand<T>>;
 
 PDARTS_INLINE bool has_weights(const Branch& b) {
-  return b.kind == kConv || b.kind == kFactorized || b.kind == kPointwise;
+  return !is_pool(b.kind) && b.kind != kSkip;
 }
 
 PDARTS_INLINE int64_t product_depth(const Task& t, const Branch& b) {

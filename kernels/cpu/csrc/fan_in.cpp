@@ -2,7 +2,7 @@
 //   dy = coef[0] * grad + coef[1] * y + coef[2]
 //   out = incoming + (x > 0) * sum of depthwise^T(dy W) + pools + 1x1 convolutions + skips
 // and the weight gradients of first halves, dilated and 1x1 convolutions (recomputing their
-// depthwise output from x). A skip gives scale * dropout(grad).
+// depthwise output from x), and of patches. A skip gives scale * dropout(grad).
 #include "backward.h"
 #include "dropout.h"
 #include "pooling.h"
@@ -33,7 +33,7 @@ struct Sizes {
   int64_t x, grad, raw, pooled, fresh, dy, a, factors;
   int64_t padding;
   bool conv;
-  bool lone;  // a 1x1 convolution and nothing else
+  bool lone;  // one convolution that is a single product, and nothing else
 };
 
 Sizes sizes_of(const Task& t) {
@@ -49,7 +49,8 @@ Sizes sizes_of(const Task& t) {
   const int64_t blocks = t.channels / V, out_pixels = t.out_height * t.out_width;
   if (s.conv) s.x = Plane::floats(t.in_height, t.in_width, s.padding, blocks);
   if (s.conv) s.grad = Plane::floats(t.out_height, t.out_width, s.padding, blocks);
-  s.lone = t.num_branches == 1 && t.branches[0].kind == kPointwise && !t.incoming;
+  s.lone = t.num_branches == 1 && !t.incoming &&
+           (t.branches[0].kind == kPointwise || t.branches[0].kind == kPatches);
   s.raw = s.lone ? 0 : t.in_height * t.in_width * t.in_channels;
   s.pooled = s.lone ? 0 : out_pixels * t.channels;
   s.dy = operand_floats(chunk_pixels(t), t.channels);
@@ -152,7 +153,8 @@ void gathered_backward(const Task& t, const Branch& b, const Packed<T>& packed, 
   gathered_weights(t, b, packed, group, image, begin, end, w);
 }
 
-// Image n where a 1x1 convolution is all there is, as in front of a cell: no sum to keep.
+// Image n where one product is all there is, as in front of a cell: no sum to keep. Of patches the
+// weight gradient alone.
 template <class T>
 void pointwise_image(const Task& t, const Packed<T>& packed, int64_t group, int64_t n,
                      const T* image, const Work& w) {

@@ -1,5 +1,5 @@
 // fan_out: from one state x, the first output of every operation of every edge that leaves it.
-//   y = W depthwise(relu(x)),  pools of x,  1x1 convolutions of relu(x)
+//   y = W depthwise(relu(x)),  pools of x,  1x1 convolutions of relu(x),  a convolution of patches
 // mid: the second half of separable convolutions, input v = relu(input * scale + shift).
 //   y = W depthwise(v)
 // Both write, into sums [2, C], mean and biased variance of every y. Backward: fan_in, mid.

@@ -1,4 +1,5 @@
-// relu(x) of the pixels that a 1x1 convolution or a factorized reduce reads, as rows of a matrix.
+// What a convolution that is one matrix product reads, as rows of a matrix: relu(x) of the pixels of
+// a 1x1 convolution or a factorized reduce, patches of an image.
 #pragma once
 
 #include "scratch.h"
@@ -13,8 +14,9 @@ PDARTS_INLINE int64_t factorized_source(const Task& t, int64_t row, int64_t colu
   return h < t.in_height && w < t.in_width ? h * t.in_width + w : -1;
 }
 
-// Depth of the matrix product of a kPointwise or kFactorized branch.
+// Depth of the matrix product of a kPointwise, kFactorized or kPatches branch.
 PDARTS_INLINE int64_t gather_depth(const Task& t, const Branch& b) {
+  if (b.kind == kPatches) return (b.kernel * b.kernel * t.in_channels + V - 1) / V * V;
   return b.kind == kFactorized ? 2 * t.in_channels : t.in_channels;
 }
 
@@ -35,10 +37,27 @@ PDARTS_INLINE void expand_weights(const Task& t, const Branch& b, float* dense) 
                 static_cast<size_t>(cx) * sizeof(float));
 }
 
-// a [rows * out_width, depth] = relu(x) of output rows [begin, end) of an image.
+// a [rows * out_width, depth] = patches of an image, output rows [begin, end). Both are accessed up to
+// a vector further than that; what is behind a patch in `a` is overwritten by the next one.
+template <class T, class E>
+PDARTS_SHARED void gather_patches(const Task& t, const Branch& b, const T* image, int64_t begin,
+                                  int64_t end, E* a) {
+  const int64_t run = b.kernel * t.in_channels, depth = gather_depth(t, b);
+  for (int64_t row = begin; row < end; ++row)
+    for (int64_t column = 0; column < t.out_width; ++column, a += depth) {
+      for (int64_t line = 0; line < b.kernel; ++line) {
+        const T* x = image + ((row + line) * t.in_width + column) * t.x_stride;
+        for (int64_t i = 0; i < run; i += V) store(a + line * run + i, load(x + i));
+      }
+      std::memset(a + b.kernel * run, 0, static_cast<size_t>(depth - b.kernel * run) * sizeof(E));
+    }
+}
+
+// a [rows * out_width, depth] = what output rows [begin, end) of an image read.
 template <class T, class E>
 PDARTS_INLINE void gather(const Task& t, const Branch& b, const T* image, int64_t begin,
                           int64_t end, E* a) {
+  if (b.kind == kPatches) return gather_patches(t, b, image, begin, end, a);
   const int64_t phases = b.kind == kFactorized ? 2 : 1;
   for (int64_t row = begin; row < end; ++row)
     for (int64_t column = 0; column < t.out_width; ++column)
