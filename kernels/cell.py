@@ -91,7 +91,9 @@ def run(backend: str, cell: nn.Module, s0: Tensor, s1: Tensor, alphas: Tensor) -
     control: Any = names.dropout
     rate = s1.new_zeros(1, dtype=torch.float32) if control is None else control.p
     state = s1.new_zeros(2, dtype=torch.int64) if control is None else control.state
-    weights = [module.weight for module in names.convolutions]
+    weights: list[Any] = [module._parameters.get("weight") for module in names.convolutions]
+    if any(weight is None for weight in weights):  # of a replica, or computed from others
+        weights = [module.weight for module in names.convolutions]
     read = [] if cell.training else running
     settings = (rate, state, names.key, backend, cell.training, dtype)
     traced = is_traced(s1)

@@ -8,8 +8,10 @@ Python between the primitives took a third of the time of the last stage.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -29,6 +31,9 @@ from .library import Library
 from .memory import pool
 
 _POOLS = (plans.MAX_POOL, plans.AVG_POOL)
+_FLOAT = {torch.float32}
+# Arrays begin at whole cache lines, counted in the shortest numbers that are stored.
+_LINE = 32
 
 
 @lru_cache(maxsize=1024)
@@ -44,10 +49,17 @@ def _places(plan: str | Plan) -> tuple[int, ...]:
     return tuple(by_slot.get(slot, -1) for slot in range(plan.num_slots))
 
 
+def _are_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether kernels may read or write tensors where they are; without a loop in Python."""
+    return {x.dtype for x in tensors} <= _FLOAT and all(map(Tensor.is_contiguous, tensors))
+
+
 def _are_read_in_place(where: Layout, parameters: Sequence[Tensor]) -> bool:
-    return where.is_plain and all(
-        x.dtype == torch.float32 and x.is_contiguous() for x in parameters
-    )
+    return where.is_plain and _are_plain(parameters)
+
+
+def _addresses_of(tensors: Sequence[Tensor]) -> np.ndarray:
+    return np.array(list(map(Tensor.data_ptr, tensors)), dtype=np.int64)
 
 
 class Tables:
@@ -154,7 +166,7 @@ class CompiledCell:
         """Where every weight begins."""
         given, where = weights.parameters, weights.layout
         if not isinstance(given, Tensor) and _are_read_in_place(where, given):
-            return np.array([x.data_ptr() for x in given], dtype=np.int64)
+            return _addresses_of(given)
         flat = weights.flat
         offsets = np.array(where.offsets, dtype=np.int64)
         return flat.data_ptr() + flat.element_size() * offsets
@@ -187,24 +199,38 @@ class CompiledCell:
         grad_alphas = torch.empty_like(alphas)
         task = self._task(plan, saved, arrays, alphas)
         task.grad, task.grad_alphas = grad.data_ptr(), grad_alphas.data_ptr()
-        room = pool.empty((max(plan.steps - 1, 1), *slots.shape[1:]), slots.dtype)
-        halves = pool.empty((max(self._halves(plan), 1), *slots.shape[1:]), slots.dtype)
-        task.node_grads, task.half_grads = room.data_ptr(), halves.data_ptr()
         if weights is not None:
             task.grad_weights = weights.data_ptr()
         inputs: list[Tensor | None] = [None, None]
-        kept: list[Tensor] = []
         for which, want in enumerate(want_inputs):
             if want:
                 like = saved.inputs[which]
-                room_for_input = pool.empty(tuple(like.shape), like.dtype)
-                inputs[which] = room_for_input
-                task.grad_inputs[which] = room_for_input.data_ptr()
-            if want or weights is not None:
-                kept.append(pool.empty(tuple(saved.states[which].shape), slots.dtype))
-                task.state_grads[which] = kept[-1].data_ptr()
+                found = inputs[which] = pool.empty(tuple(like.shape), like.dtype)
+                task.grad_inputs[which] = found.data_ptr()
+        wants = [want or weights is not None for want in want_inputs]
+        room = self._backward_room(plan, saved, task, wants)
         self.library.run_cell(task, backward=True)
+        del room
         return inputs, grad_alphas.flatten()
+
+    @staticmethod
+    def _backward_room(
+        plan: Plan, saved: Saved, task: abi.CellTask, wants: Sequence[bool]
+    ) -> Tensor:
+        """Where a backward pass keeps gradients of nodes, halves and wanted states, one array."""
+        slots = saved.slots
+        of_slot = math.prod(slots.shape[1:])
+        halves = cell_calls.of_plan(plan).num_halves
+        counts = [(plan.steps - 1) * of_slot, halves * of_slot]
+        counts += [x.numel() if want else 0 for x, want in zip(saved.states, wants, strict=True)]
+        begins = list(accumulate((-(-count // _LINE) * _LINE for count in counts), initial=0))
+        room = pool.empty((begins[-1],), slots.dtype)
+        base, size = room.data_ptr(), slots.element_size()
+        task.node_grads, task.half_grads = base, base + begins[1] * size
+        for which, want in enumerate(wants):
+            if want:
+                task.state_grads[which] = base + begins[2 + which] * size
+        return room
 
     def draw(self, kept: Tensor, channels: int, probabilities: Sequence[float]) -> bool:
         if not drawing.agrees(self.library):
@@ -220,12 +246,11 @@ class CompiledCell:
         stats: Tensor,
         counts: list[int],
     ) -> bool:
-        if any(x.dtype != torch.float32 or not x.is_contiguous() for x in running):
+        if not _are_plain(running):
             return False
         stats = stats.contiguous()
         slots, unbiased = _unbiased(plan.key or plan, counts[0], counts[1])
-        addresses = np.array([x.data_ptr() for x in running], dtype=np.int64)
-        counters = np.array([x.data_ptr() for x in batches], dtype=np.int64)
+        addresses, counters = _addresses_of(running), _addresses_of(batches)
         task = abi.RunningTask(
             norms=len(batches),
             channels=plan.channels,
@@ -241,7 +266,3 @@ class CompiledCell:
         # Autograd notices that a graph has an older value.
         torch.autograd.graph.increment_version([*running, *batches])
         return True
-
-    @staticmethod
-    def _halves(plan: Plan) -> int:
-        return cell_calls.of_plan(plan).num_halves

@@ -184,17 +184,40 @@ struct GradientAhead {
   }
 };
 
+// What is read after the last convolution of an image, beside that.
+struct LastAhead {
+  GradientAhead gradient;
+  Ahead incoming, skip;
+
+  PDARTS_INLINE_METHOD void ask(int64_t pixel, int64_t block) const {
+    gradient.ask(pixel, block);
+    incoming.ask(pixel, block);
+    skip.ask(pixel, block);
+  }
+};
+
 template <class T>
 PDARTS_INLINE GradientAhead gradient_ahead(const Task& t, const Branch& b, int64_t pixel) {
   return {Ahead::of(static_cast<const T*>(b.grad) + pixel * b.grad_stride, b.grad_stride),
           Ahead::of(static_cast<const T*>(b.y) + pixel * t.channels, t.channels)};
 }
 
+// The convolution, of an image, that a thread works on after another.
+struct Next {
+  const Branch& branch;
+  int64_t image;
+};
+
+template <class T>
+PDARTS_INLINE GradientAhead next_ahead(const Task& t, const Next& next) {
+  return gradient_ahead<T>(t, next.branch, next.image * t.out_height * t.out_width);
+}
+
 // grad (a plane) at `places` = dy [pixels, C] W.
-template <class E>
+template <class E, class A>
 PDARTS_SHARED void product_into_plane(const E* dy, int64_t pixels, int64_t channels,
                                       const E* pointwise, const int32_t* places,
-                                      const Plane& grad, const GradientAhead& ahead) {
+                                      const Plane& grad, const A& ahead) {
   product(dy, channels, pixels, channels, pointwise, channels,
           [&](int64_t p, int64_t block, Vec v) {
             ahead.ask(p, block);
@@ -211,19 +234,29 @@ PDARTS_SHARED void add_outer(E* a, int64_t rows, E* b, int64_t columns, int64_t 
 
 // For a convolution and output rows [begin, end) of image n: the gradient of the depthwise output
 // into `grad` (a plane), and the gradient of the pointwise weights from the recomputed depthwise
-// output of `src`. `dy` and `a` hold a chunk each. `next` is the convolution after this one.
+// output of `src`. `dy` and `a` hold a chunk each. `next` is what follows; if they are not null, the
+// image's incoming gradient and a skip are read before that.
 template <class T>
 PDARTS_INLINE void pointwise_backward(const Task& t, const Branch& b,
                                       const Packed<T>& packed, int64_t group,
-                                      int64_t n, int64_t begin, int64_t end, const Branch& next,
+                                      int64_t n, int64_t begin, int64_t end, const Next& next,
                                       const Plane& src, const Plane& grad, const int32_t* places,
-                                      Operand<T>* dy, Operand<T>* a) {
+                                      Operand<T>* dy, Operand<T>* a,
+                                      const Ahead* incoming = nullptr,
+                                      const Ahead* skip = nullptr) {
   const int64_t channels = t.channels, width = t.out_width, pixels = (end - begin) * width;
   const int64_t image = n * t.out_height * width;
   output_gradient<T>(t, b, image + begin * width, pixels, dy);
   const GradientAhead ahead = end < t.out_height ? gradient_ahead<T>(t, b, image + end * width)
-                                                 : gradient_ahead<T>(t, next, image);
-  product_into_plane(dy, pixels, channels, packed.pointwise, places + begin * width, grad, ahead);
+                                                 : next_ahead<T>(t, next);
+  const int32_t* at = places + begin * width;
+  if (incoming || skip) {
+    const Ahead first = (incoming ? incoming : skip)->from(begin * width);
+    const LastAhead last{ahead, first, skip ? skip->from(begin * width) : first};
+    product_into_plane(dy, pixels, channels, packed.pointwise, at, grad, last);
+  } else {
+    product_into_plane(dy, pixels, channels, packed.pointwise, at, grad, ahead);
+  }
   if (!packed.grad_pointwise) return;
   depthwise_chunk(b, src, packed.depthwise, channels, begin, end, width, a);
   add_outer(dy, channels, a, channels, pixels, group_pointwise(t, b, packed, group));

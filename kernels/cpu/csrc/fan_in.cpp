@@ -105,11 +105,25 @@ PDARTS_SHARED void add_transposed(const Branch& b, const BackwardBranch<E>& pack
 // Adds a depthwise-pointwise convolution to w.dx.
 template <class T>
 void conv_backward(const Task& t, const Branch& b, const Packed<T>& packed, int64_t group,
-                   int64_t n, const Branch& next, const Work& w) {
-  const int64_t rows = rows_per_chunk(t);
+                   int64_t n, const Next& next, const Work& w) {
+  const int64_t rows = rows_per_chunk(t), pixels = t.out_height * t.out_width;
+  const Ahead* after[2] = {};
+  Ahead incoming, skip;
+  if (next.image != n && t.incoming) {
+    incoming = Ahead::of(
+        static_cast<const T*>(t.incoming) + n * pixels * t.incoming_stride, t.incoming_stride);
+    after[0] = &incoming;
+  }
+  const Branch& last = t.branches[t.num_branches - 1];
+  if (next.image != n && last.kind == kSkip) {
+    skip = Ahead::of(static_cast<const T*>(last.grad) + n * pixels * last.grad_stride,
+                     last.grad_stride);
+    after[1] = &skip;
+  }
   for (int64_t begin = 0; begin < t.out_height; begin += rows)
     pointwise_backward<T>(t, b, packed, group, n, begin, min_of(t.out_height, begin + rows), next,
-                          w.x, w.grad, w.places, operands<T>(w.dy), operands<T>(w.a));
+                          w.x, w.grad, w.places, operands<T>(w.dy), operands<T>(w.a), after[0],
+                          after[1]);
   add_transposed(b, packed, t.channels / V, w.grad, w.dx);
   weights_backward(t, b, packed, group, w.x, w.grad);
 }
@@ -271,11 +285,13 @@ void write_image(const Task& t, const Sizes& s, int64_t n, const T* image, const
       }
 }
 
-// The convolution after branch i, the last one itself.
-const Branch& next_convolution(const Task& t, int64_t i) {
+// The convolution after branch i of image n, or the first one of the image after.
+Next next_convolution(const Task& t, int64_t group, int64_t i, int64_t n) {
   for (int64_t next = i + 1; next < t.num_branches; ++next)
-    if (t.branches[next].kind == kConv) return t.branches[next];
-  return t.branches[i];
+    if (t.branches[next].kind == kConv) return {t.branches[next], n};
+  int64_t first = 0;
+  while (t.branches[first].kind != kConv) ++first;
+  return {t.branches[first], image_after(t, group, n)};
 }
 
 template <class T>
@@ -293,7 +309,7 @@ void image_backward(const Task& t, const Sizes& s, const Packed<T>* packed, int6
   for (int64_t i = 0; i < t.num_branches; ++i) {
     const Branch& b = t.branches[i];
     if (b.kind == kConv)
-      conv_backward<T>(t, b, packed[i], group, n, next_convolution(t, i), w);
+      conv_backward<T>(t, b, packed[i], group, n, next_convolution(t, group, i, n), w);
     if (b.kind == kSkip) skip_backward<T>(t, b, n, w);
     if (b.kind != kPointwise && b.kind != kFactorized) continue;
     const int64_t rows = rows_per_chunk(t);

@@ -155,16 +155,17 @@ void finish(const Task& t, const Packed<E>* packed) {
   }
 }
 
-// What is read after branch i of image n: the next branch's input, or the next image.
+// What is read after branch i of image n: the next branch's input, or that of image `after`.
 template <class T>
-Ahead next_input(const Task& t, int64_t i, int64_t n, bool second) {
+Ahead next_input(const Task& t, int64_t i, int64_t n, int64_t after, bool second) {
   if (!second)
-    return Ahead::of(static_cast<const T*>(t.x) + (n + 1) * t.in_height * t.in_width * t.x_stride,
+    return Ahead::of(static_cast<const T*>(t.x) + after * t.in_height * t.in_width * t.x_stride,
                      t.x_stride);
-  const Branch& next = t.branches[min_of(i + 1, t.num_branches - 1)];
-  return Ahead::of(
-      static_cast<const T*>(next.input) + n * t.out_height * t.out_width * next.input_stride,
-      next.input_stride);
+  const bool last = i + 1 == t.num_branches;
+  const Branch& next = t.branches[last ? 0 : i + 1];
+  return Ahead::of(static_cast<const T*>(next.input) +
+                       (last ? after : n) * t.out_height * t.out_width * next.input_stride,
+                   next.input_stride);
 }
 
 // `second` is mid: every branch has an input of its own.
@@ -212,8 +213,9 @@ void run(const Task& t, bool second) {
           double* part = packed[i].moments + g * 2 * t.channels;
           const double before = static_cast<double>((n - range.begin) * t.out_height * t.out_width);
           Moments moments{before, part, part + t.channels};
-          branch_image(t, b, packed[i], plane, image, next_input<T>(t, i, n, second), n, room,
-                       fresh, moments);
+          branch_image(t, b, packed[i], plane, image,
+                       next_input<T>(t, i, n, image_after(t, g, n), second), n, room, fresh,
+                       moments);
         }
       }
     }

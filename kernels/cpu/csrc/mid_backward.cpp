@@ -61,7 +61,8 @@ void input_gradient(const Task& t, const Branch& b, const Packed<T>& packed,
 template <class T>
 void image_backward(const Task& t, const Branch& b, const Packed<T>& packed,
                     int64_t group,
-                    int64_t n, const Branch& next, const Plane& v, const Plane& grad, const int32_t* places,
+                    int64_t n, const Next& next, const Plane& v, const Plane& grad,
+                    const int32_t* places,
                     float* dy, float* a, double* total) {
   const int64_t pixels = t.out_height * t.out_width, rows = rows_per_chunk(t);
   const T* in = static_cast<const T*>(b.input) + n * pixels * b.input_stride;
@@ -72,18 +73,20 @@ void image_backward(const Task& t, const Branch& b, const Packed<T>& packed,
   for (int64_t begin = 0; begin < t.out_height; begin += rows)
     pointwise_backward<T>(t, b, packed, group, n, begin, min_of(t.out_height, begin + rows), next,
                           v, grad, places, operands<T>(dy), operands<T>(a));
-  const Ahead ahead =
-      Ahead::of(static_cast<const T*>(next.input) + n * pixels * next.input_stride,
-                next.input_stride);
+  const Branch& following = next.branch;
+  const Ahead ahead = Ahead::of(static_cast<const T*>(following.input) +
+                                    next.image * pixels * following.input_stride,
+                                following.input_stride);
   for (int64_t begin = 0; begin < t.out_height; begin += rows)
     input_gradient<T>(t, b, packed, n, begin, min_of(t.out_height, begin + rows), ahead, v, grad,
                       a, total);
   weights_backward(t, b, packed, group, v, grad);
 }
 
-// The branch after number i, the last one itself.
-const Branch& next_branch(const Task& t, int64_t i) {
-  return t.branches[min_of(i + 1, t.num_branches - 1)];
+// What follows branch i of image n: the next one, or the first one of another image.
+Next next_branch(const Task& t, int64_t group, int64_t i, int64_t n) {
+  if (i + 1 < t.num_branches) return {t.branches[i + 1], n};
+  return {t.branches[0], image_after(t, group, n)};
 }
 
 template <class T>
@@ -115,8 +118,8 @@ void run(const Task& t) {
       const Range range = group_range(t, group);
       for (int64_t n = range.begin; n < range.end; ++n)
         for (int64_t i = 0; i < t.num_branches; ++i)
-          image_backward<T>(t, t.branches[i], packed[i], group, n, next_branch(t, i), v, grad, places,
-                            dy, a,
+          image_backward<T>(t, t.branches[i], packed[i], group, n, next_branch(t, group, i, n), v,
+                            grad, places, dy, a,
                             partial + group * columns + i * 2 * channels);
     }
     end_streams();

@@ -108,6 +108,15 @@ PDARTS_INLINE void pack_panels(const float* b, int64_t k_stride, int64_t n_strid
   }
 }
 
+// The address without what the compiler knows about it. It would keep one for each row of a tile; these
+// are more than there are registers, and a load of the address before every load of a number halved
+// the rate.
+template <class E>
+PDARTS_INLINE const E* unrelated(const E* p) {
+  asm("" : "+r"(p));
+  return p;
+}
+
 template <int R, int NV, class E, class Put>
 PDARTS_INLINE void product_tile(const E* a, int64_t a_stride, const E* b, int64_t depth,
                                 int64_t pixel, int64_t block, Put put) {
@@ -121,9 +130,11 @@ PDARTS_INLINE void product_tile(const E* a, int64_t a_stride, const E* b, int64_
     decltype(lanes(b)) bk[NV];
     PDARTS_UNROLL
     for (int j = 0; j < NV; ++j) bk[j] = lanes(b + (k * NV + j * kPair<E>) * V);
+    const E* row = a + k;
     PDARTS_UNROLL
     for (int r = 0; r < R; ++r) {
-      const auto ar = lane_everywhere(a + r * a_stride + k);
+      if (r % 4 == 0) row = unrelated(r ? row + 4 * a_stride : row);
+      const auto ar = lane_everywhere(row + r % 4 * a_stride);
       PDARTS_UNROLL
       for (int j = 0; j < NV; ++j) acc[r][j] = multiply_add(acc[r][j], ar, bk[j]);
     }

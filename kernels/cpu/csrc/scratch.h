@@ -91,6 +91,13 @@ PDARTS_INLINE Range group_range(const Task& task, int64_t group) {
   return {group * task.images / task.groups, (group + 1) * task.images / task.groups};
 }
 
+// The image that a thread works on after image n of a group: threads take groups in turns.
+PDARTS_INLINE int64_t image_after(const Task& task, int64_t group, int64_t n) {
+  if (n + 1 < group_range(task, group).end) return n + 1;
+  const int64_t next = group + task.threads;
+  return next < task.groups ? group_range(task, next).begin : n;
+}
+
 // Rows of the output that are computed together: about 64 pixels stay in the first-level cache.
 PDARTS_INLINE int64_t rows_per_chunk(const Task& task) {
   const int64_t rows = 64 / task.out_width;
