@@ -107,20 +107,73 @@ PDARTS_INLINE void depthwise_rows(const Plane& src, int64_t padding, const float
   }
 }
 
-// dst += transposed convolution of `grad` (unpadded extent height x width), stride S: scatters.
-template <int K, int D, int S>
-PDARTS_INLINE void depthwise_scatter(const Plane& grad, const float* w, int64_t padding,
-                                     int64_t blocks, const Plane& dst) {
+// Of a transposed convolution of stride 2, an output row or column meets every other tap from kFirst
+// on; with dilation 2 an even one meets all taps and an odd one none.
+template <int K, int D, int kFirst>
+struct Met {
+  static constexpr int kStep = D == 1 ? 2 : 1;
+  static constexpr int kCount = D == 1 ? (K - kFirst + 1) / 2 : K;
+};
+
+// N outputs in every other column of a row; `g` is the gradient that the first one meets first.
+template <int K, int D, int kRow, int kColumn, int N>
+PDARTS_INLINE void transposed_block(const float* g, int64_t row_stride, const float* w, Vec* acc) {
+  using Rows = Met<K, D, kRow>;
+  using Columns = Met<K, D, kColumn>;
+  PDARTS_UNROLL
+  for (int i = 0; i < N; ++i) acc[i] = Vec{};
+  for (int j = 0; j < Rows::kCount; ++j) {
+    const float* taps = w + ((kRow + j * Rows::kStep) * K + kColumn) * V;
+    Vec tap[Columns::kCount];
+    PDARTS_UNROLL
+    for (int k = 0; k < Columns::kCount; ++k)
+      tap[k] = in_register(load(taps + k * Columns::kStep * V));
+    const float* row = g - j * row_stride;
+    PDARTS_UNROLL
+    for (int i = 1 - Columns::kCount; i < N; ++i) {
+      const Vec x = in_register(load(row + i * V));
+      PDARTS_UNROLL
+      for (int k = 0; k < Columns::kCount; ++k)
+        if (i + k >= 0 && i + k < N) acc[i + k] += tap[k] * x;
+    }
+  }
+}
+
+// dst += transposed convolution of `grad` with stride 2, in rows and columns that meet tap kRow and
+// kColumn first.
+template <int K, int D, int kRow, int kColumn>
+PDARTS_INLINE void add_transposed_2(const Plane& grad, const float* w, int64_t padding,
+                                    int64_t blocks, const Plane& dst) {
+  const auto add = [&](auto n, int64_t block, int64_t row, int64_t column) {
+    Vec acc[n.value];
+    transposed_block<K, D, kRow, kColumn, n.value>(
+        grad.at(block, (row + padding - kRow) / 2, (column + padding - kColumn) / 2), grad.stride,
+        w + block * K * K * V, acc);
+    const int64_t count = min_of(n.value, (dst.width - column + 1) / 2);
+    float* d = dst.at(block, row, column);
+    for (int64_t i = 0; i < count; ++i) store(d + 2 * i * V, load(d + 2 * i * V) + acc[i]);
+  };
   for (int64_t block = 0; block < blocks; ++block)
-    for (int64_t row = 0; row < grad.height; ++row)
-      for (int kh = 0; kh < K; ++kh)
-        for (int kw = 0; kw < K; ++kw) {
-          const Vec tap = load(w + (block * K * K + kh * K + kw) * V);
-          const float* g = grad.at(block, row, 0);
-          float* d = dst.at(block, row * S + kh * D - padding, kw * D - padding);
-          for (int64_t i = 0; i < grad.width; ++i)
-            store(d + i * S * V, load(d + i * S * V) + tap * load(g + i * V));
-        }
+    for (int64_t row = (kRow + padding) % 2; row < dst.height; row += 2) {
+      int64_t column = (kColumn + padding) % 2;
+      if constexpr (kWideColumns > kColumns)
+        for (; dst.width - column > 2 * kColumns; column += 2 * kWideColumns)
+          add(Int<kWideColumns>{}, block, row, column);
+      for (; column < dst.width; column += 2 * kColumns) add(Int<kColumns>{}, block, row, column);
+    }
+}
+
+// dst += transposed convolution of `grad` with stride 2; taps that meet no gradient meet its zero
+// padding.
+template <int K, int D>
+PDARTS_INLINE void depthwise_transposed_2(const Plane& grad, const float* w, int64_t padding,
+                                          int64_t blocks, const Plane& dst) {
+  add_transposed_2<K, D, 0, 0>(grad, w, padding, blocks, dst);
+  if constexpr (D == 1) {
+    add_transposed_2<K, D, 0, 1>(grad, w, padding, blocks, dst);
+    add_transposed_2<K, D, 1, 0>(grad, w, padding, blocks, dst);
+    add_transposed_2<K, D, 1, 1>(grad, w, padding, blocks, dst);
+  }
 }
 
 // acc[kh][kw] += sum over kPixels neighbours in a row of grad * shifted src. One load of src feeds

@@ -98,7 +98,7 @@ PDARTS_SHARED void add_transposed(const Branch& b, const BackwardBranch<E>& pack
             store(o, load(o) + v);
           });
     else
-      depthwise_scatter<k.value, d.value, s.value>(grad, packed.depthwise, b.padding, blocks, dx);
+      depthwise_transposed_2<k.value, d.value>(grad, packed.depthwise, b.padding, blocks, dx);
   });
 }
 
