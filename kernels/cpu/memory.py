@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import threading
 import weakref
 from collections import defaultdict, deque
 
@@ -17,10 +18,11 @@ from torch import Tensor
 
 # Below this the C library's allocator reuses memory by itself.
 _SMALLEST = 1 << 18
-# Free blocks are kept while all blocks together stay below this many times what was ever in use:
-# a backward pass frees what its forward pass holds and asks for few sizes of its own, so most
-# of what is free half-way through a step is wanted again in the next one.
-_SPARE = 1.5
+# Blocks in use and free ones together stay below this many times what was ever in use: steps in
+# float32 and in bfloat16, in turns, both find theirs.
+_SPARE = 2.0
+# Blocks that lay free while so many others were taken are handed back: some ten steps of a search.
+_PATIENCE = 4096
 # Blocks are multiples of a huge page, so that the kernel can back them with huge pages.
 _GRANULE = 1 << 21
 
@@ -39,19 +41,31 @@ class Pool:
     """
 
     def __init__(self) -> None:
-        # Appending to and popping from a deque is atomic: finalizers may run at any moment.
-        self._blocks: defaultdict[int, deque[mmap.mmap]] = defaultdict(deque)
+        # By size, with when they came back, the last one last. Appending to and popping from a
+        # deque is atomic: finalizers may run at any moment.
+        self._blocks: defaultdict[int, deque[tuple[int, mmap.mmap]]] = defaultdict(deque)
         self.in_use = 0
         self.free = 0
         self._peak = 0
+        self._taken = 0
+        self._lock = threading.Lock()
 
     def _take(self, size: int) -> mmap.mmap:
+        with self._lock:
+            return self._take_alone(size)
+
+    def _take_alone(self, size: int) -> mmap.mmap:
+        self._taken += 1
+        if self._taken % _PATIENCE == 0:
+            while self._oldest()[0] < self._taken - _PATIENCE:
+                self._forget_oldest()
         try:
-            block = self._blocks[size].pop()
+            _, block = self._blocks[size].pop()
             self.free -= size
         except IndexError:
-            if self._is_stale(size):
-                self.clear()
+            limit = _SPARE * max(self._peak, self.in_use + size)
+            while self.free and self.in_use + self.free + size > limit:
+                self._forget_oldest()
             block = mmap.mmap(-1, size)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 block.madvise(mmap.MADV_HUGEPAGE)
@@ -59,16 +73,20 @@ class Pool:
         self._peak = max(self._peak, self.in_use)
         return block
 
-    def _is_stale(self, size: int) -> bool:
-        """Whether sizes have changed, as they do from stage to stage, so that none wait in vain."""
-        if self.in_use == 0:
-            return self.free > 0
-        return self.in_use + self.free + size > _SPARE * self._peak
+    def _oldest(self) -> tuple[float, int]:
+        """When the block that is free for longest came back, and its size; infinity if none is."""
+        waiting = [(blocks[0][0], size) for size, blocks in list(self._blocks.items()) if blocks]
+        return min(waiting, default=(math.inf, 0))
+
+    def _forget_oldest(self) -> None:
+        size = self._oldest()[1]
+        self._blocks[size].popleft()
+        self.free -= size
 
     def _give_back(self, size: int, block: mmap.mmap) -> None:
         self.in_use -= size
         self.free += size
-        self._blocks[size].append(block)
+        self._blocks[size].append((self._taken, block))
 
     def clear(self) -> None:
         """Hands every free block back to the system."""

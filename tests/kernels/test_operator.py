@@ -211,13 +211,38 @@ def test_memory_goes_back_to_the_pool() -> None:
     assert pool.empty(shape, torch.float32).data_ptr() == address
 
 
+MIB = 1 << 20
+
+
+def take(pool: Pool, mebibytes: int) -> Tensor:
+    return pool.empty((mebibytes * MIB,), torch.uint8)
+
+
+def test_steps_of_two_dtypes_in_turns_find_their_memory() -> None:
+    pool = Pool()
+    addresses = [[take(pool, size).data_ptr() for size in (32, 6, 16, 4)] for _ in range(3)]
+    assert addresses[0] == addresses[1] == addresses[2]
+
+
+def test_memory_is_handed_back_where_there_is_too_much() -> None:
+    pool = Pool()
+    for size in (10, 8, 6):
+        take(pool, size)
+    # Twice what was in use at a time: the first one has to go.
+    assert pool.free == 14 * MIB
+    kept = take(pool, 40)
+    assert (pool.in_use, pool.free) == (kept.nbytes, 14 * MIB)
+    more = take(pool, 30)
+    assert (pool.in_use, pool.free) == (kept.nbytes + more.nbytes, 14 * MIB)
+
+
 def test_stale_memory_is_handed_back() -> None:
     pool = Pool()
-    pool.empty((1 << 22,), torch.float32)
-    assert pool.free == 1 << 24
-    kept = pool.empty((1 << 20,), torch.float32)
-    assert pool.free == 0
-    assert pool.in_use == kept.nbytes
+    take(pool, 16)
+    kept = take(pool, 32)
+    for _ in range(9000):
+        take(pool, 2)
+    assert (pool.in_use, pool.free) == (kept.nbytes, 2 * MIB)
 
 
 def test_kernels_refuse_arrays_with_gaps(compiled: str) -> None:
