@@ -194,7 +194,7 @@ class CompiledCell:
         grad: Tensor,
         want_inputs: tuple[bool, bool],
     ) -> tuple[list[Tensor | None], Tensor]:
-        slots, weights = saved.slots, arrays.weights.grad
+        weights = arrays.weights.grad
         alphas = alphas.detach().double().contiguous()
         grad_alphas = torch.empty_like(alphas)
         task = self._task(plan, saved, arrays, alphas)
