@@ -17,7 +17,7 @@ from .rows import as_image, fake_image, is_traced, refuse_second_derivative, sto
 
 
 class StemKernels(Protocol):
-    """What a backend gives. M counts the pixels ``N * H * W``; ``depth`` is ``9 * Cx`` padded."""
+    """What a backend gives."""
 
     def takes(self, channels: int) -> bool:
         """Whether there are kernels for this many output channels."""
@@ -165,9 +165,8 @@ def backward_pass(
     sums = torch.empty(2, len(weight), dtype=torch.float64)
     kernels.reduce(rows, y, norm[0].float(), sums)
     count = rows[..., 0].numel()
-    coef = moments.backward_coefficients(gain, norm, sums[0], sums[1:], count, training=training)[
-        0
-    ].float()
+    of_norm = (gain, norm, sums[0], sums[1:], count)
+    coef = moments.backward_coefficients(*of_norm, training=training)[0].float()
     grad_weight = kernels.weight_gradient(image, weight, y, rows, coef)
     grad_x = x.new_empty(0)
     if want_image:

@@ -110,7 +110,7 @@ class Weights:
         self.grad: Tensor | None = None
         if want_gradients:
             like = parameters if isinstance(parameters, Tensor) else parameters[0]
-            self.grad = like.new_empty(where.total, dtype=dtype)
+            self.grad = like.new_zeros(where.total, dtype=dtype)
 
     @cached_property
     def everything(self) -> Tensor:

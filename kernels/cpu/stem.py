@@ -63,17 +63,24 @@ class CompiledStem:
         rows = weight.detach().permute(0, 2, 3, 1).flatten(1)
         return F.pad(rows, (0, self._primitives.channels(rows.shape[1]) - rows.shape[1]))
 
-    def convolve(self, image: Tensor, weight: Tensor, y: Tensor, sums: Tensor) -> None:
-        matrix = self._matrix(weight)
+    @staticmethod
+    def _branch(y: Tensor, matrix: Tensor | None = None) -> np.ndarray:
+        """A branch with the output y, of the weights of ``_matrix``."""
         branch = np.zeros(1, dtype=abi.BRANCH)
         branch["kind"], branch["kernel"], branch["stride"] = abi.PATCHES, _KERNEL, 1
-        branch["pointwise"], branch["y"] = matrix.data_ptr(), y.data_ptr()
+        branch["y"] = y.data_ptr()
+        if matrix is not None:
+            branch["pointwise"] = matrix.data_ptr()
+        return branch
+
+    def convolve(self, image: Tensor, weight: Tensor, y: Tensor, sums: Tensor) -> None:
+        matrix = self._matrix(weight)
+        branch = self._branch(y, matrix)
         branch["sums"] = sums.data_ptr()
         self._library.run(abi.FAN_OUT, self._task(image, y, branch))
 
     def reduce(self, grad: Tensor, y: Tensor, norm: Tensor, sums: Tensor) -> None:
-        branch = np.zeros(1, dtype=abi.BRANCH)
-        branch["kind"], branch["y"] = abi.PATCHES, y.data_ptr()
+        branch = self._branch(y)
         branch["scale"], branch["shift"] = norm[0].data_ptr(), norm[1].data_ptr()
         branch["sums"] = sums[1].data_ptr()
         task = self._task(grad, y, branch)
@@ -85,13 +92,11 @@ class CompiledStem:
     ) -> Tensor:
         matrix = self._matrix(weight)
         found = torch.empty_like(matrix)
-        branch = np.zeros(1, dtype=abi.BRANCH)
-        branch["kind"], branch["kernel"], branch["stride"] = abi.PATCHES, _KERNEL, 1
-        branch["pointwise"], branch["y"] = matrix.data_ptr(), y.data_ptr()
+        branch = self._branch(y, matrix)
         branch["grad"], branch["grad_stride"] = grad.data_ptr(), grad.shape[-1]
         branch["coef"], branch["scale"] = coef.data_ptr(), coef.data_ptr()
         branch["grad_pointwise"] = found.data_ptr()
         self._library.run(abi.FAN_IN, self._task(image, y, branch))
-        _out, channels, *kernel = weight.shape
+        _, channels, *kernel = weight.shape
         used = found[:, : math.prod(weight.shape[1:])].unflatten(1, (*kernel, channels))
         return used.permute(0, 3, 1, 2).contiguous()
