@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -10,11 +9,10 @@ from torch import Tensor, nn
 
 from pdarts_fast.dropin import swap
 from pdarts_fast.dropin.stock_ops import is_known_norm
-from pdarts_fast.dropin.watch import HOOKS, hooks_on_all_modules
-from pdarts_fast.kernels import stem
+from pdarts_fast.dropin.watch import has_hooks, hooks_on_all_modules
+from pdarts_fast.kernels import backends, stem
 
 _LARGEST_DEPTH = 4
-_READ_HOOKS = itemgetter(*HOOKS)
 
 
 def is_stem(module: nn.Module) -> bool:
@@ -27,9 +25,7 @@ def is_stem(module: nn.Module) -> bool:
     conv, norm = parts
     assert isinstance(conv, nn.Conv2d)
     assert isinstance(norm, nn.BatchNorm2d)
-    plain = not any(
-        "forward" in vars(part) or any(_READ_HOOKS(part.__dict__)) for part in (conv, norm)
-    )
+    plain = not any("forward" in vars(part) or has_hooks(part) for part in (conv, norm))
     return (
         plain
         and conv.in_channels <= _LARGEST_DEPTH
@@ -55,4 +51,7 @@ def _run(module: Any, x: Any) -> Tensor | None:
         return None
     conv, norm = module
     backend = module.__dict__[swap.HOLDER].backend(x.device)
+    if backend != backends.REFERENCE:
+        # The stem runs before any cell: it is the first to need the kernels.
+        backends.load(backend).register()
     return stem.run(backend, conv, norm, x) if stem.serves(backend, conv, norm, x) else None

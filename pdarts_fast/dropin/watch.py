@@ -19,9 +19,9 @@ from torch.nn.modules import module as torch_module
 
 # What torch keeps in every module.
 _OF_TORCH = frozenset(vars(nn.Module()))
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_READ_HOOKS = itemgetter(*HOOKS)
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_READ_HOOKS = itemgetter(*_HOOKS)
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 _OF_REPLICAS = ("_is_replica", "_former_parameters")
 _PLAIN = (int, float, bool, str, bytes, type(None))
 _CODE = (type, types.FunctionType, types.BuiltinFunctionType)
@@ -89,6 +89,11 @@ def parameters_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
     if "_is_replica" in module.__dict__:
         return module.__dict__["_former_parameters"]
     return module._parameters  # type: ignore[return-value]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether torch calls hooks of this module where it is called itself."""
+    return any(_READ_HOOKS(module.__dict__))
 
 
 def hooks_on_all_modules() -> bool:
@@ -182,7 +187,7 @@ class Watch:
         if hooks_on_all_modules():
             return "hooks on all modules are registered"
         for entry in self._entries:
-            if any(_READ_HOOKS(entry.module.__dict__)) and entry.module is not self._cell:
+            if has_hooks(entry.module) and entry.module is not self._cell:
                 return f"a hook is registered on a {entry.cls.__name__} in it"
         return None
 

@@ -35,7 +35,6 @@ SHAPES = {
 @pytest.fixture
 def convolved(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Number of output channels of every convolution that the kernels ran."""
-    backends.load("cpu").register()
     found: list[int] = []
     own = CompiledStem.convolve
 
@@ -49,6 +48,7 @@ def convolved(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 def make(channels: int, training: bool) -> Stem:
     """A stem on the compiled kernels, with statistics, scale and shift that are not 0 and 1."""
+    backends.load("cpu").register()
     torch.manual_seed(0)
     module = Stem(channels)
     norm = module[1]
@@ -148,7 +148,6 @@ def test_gradients_that_nobody_asks_for(convolved: list[int]) -> None:
 
 def test_opcheck() -> None:
     module, x = make(16, True), torch.randn(2, 3, 6, 6, requires_grad=True)
-    backends.load("cpu").register()
     conv, norm = module
     for running in ([], [norm.running_mean, norm.running_var]):
         given = (conv.weight, norm.weight, norm.bias, running, "cpu", torch.float32)
