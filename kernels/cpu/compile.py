@@ -2,7 +2,8 @@
 
 Run as a script it builds beside the sources:
 
-    python kernels/cpu/compile.py [--sanitize] [--only avx2] [--force-width 16] [--output FILE]
+    python kernels/cpu/compile.py [--sanitize] [--only avx2] [--force-width 16] [--emulate-amx] \\
+        [--output FILE]
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ SOURCES = Path(__file__).resolve().parent / "csrc"
 OUTPUT = Path(__file__).resolve().parent / "_kernels.so"
 BASE = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-g0")
 SANITIZE = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined")
-PRIMITIVES = ("fan_out", "mid_backward", "fan_in", "mix", "reduce", "draw", "variant")
+WITH_PRODUCTS = ("fan_out", "mid_backward", "fan_in", "variant")
+PRIMITIVES = (*WITH_PRODUCTS, "mix", "reduce", "draw")
 SCALAR = ("dispatch", "cell_forward", "cell_backward")
 
 
@@ -39,15 +41,24 @@ class Variant:
 AVX2 = ("-mavx2", "-mfma")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
 BF16 = (*AVX512, "-mavx512bf16")
+AMX = (*BF16, "-mamx-tile", "-mamx-bf16")
+# Whom a variant leaves work to: avx512bf16 calls avx512 for float32, and amx has nothing but the
+# kernels with products.
+EXTENDS = {"amx": "avx512bf16", "avx512bf16": "avx512"}
 
 
 def variants() -> list[Variant]:
-    """What to build for this machine's architecture; avx512bf16 calls avx512 for float32."""
+    """What to build for this machine's architecture, best first."""
     generic = Variant("generic", 4, ())
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return [generic]
-    wide = [Variant("avx512bf16", 16, BF16), Variant("avx512", 16, AVX512)]
-    return [*wide, Variant("avx2", 8, AVX2), generic]
+    return [
+        Variant("amx", 16, AMX),
+        Variant("avx512bf16", 16, BF16),
+        Variant("avx512", 16, AVX512),
+        Variant("avx2", 8, AVX2),
+        generic,
+    ]
 
 
 def find_compiler() -> list[str] | None:
@@ -81,6 +92,7 @@ def build(
     *,
     sanitize: bool = False,
     force_width: int | None = None,
+    emulate_amx: bool = False,
     only: Sequence[str] = (),
     extra: Sequence[str] = (),
 ) -> Path:
@@ -90,6 +102,8 @@ def build(
         output: File to write.
         sanitize: With address and undefined-behaviour sanitizers.
         force_width: Vector width of the avx2 variant, to try the 16-wide code on any processor.
+        emulate_amx: Execute AMX instructions in software, to test them on a processor that has
+            AVX512-BF16 alone.
         only: Names of the variants to build beside `generic`; all if empty.
         extra: More compiler flags.
 
@@ -104,22 +118,28 @@ def build(
         raise RuntimeError("no C++17 compiler with OpenMP found; install g++ or set CXX")
     flags = [*BASE, *(SANITIZE if sanitize else ()), *extra]
     with tempfile.TemporaryDirectory() as folder:
-        wanted = {*only, "generic", *(["avx512"] if "avx512bf16" in only else [])}
+        wanted = {*only, "generic"}
+        for name, extended in EXTENDS.items():
+            wanted |= {extended} if name in wanted else set()
         chosen = [v for v in variants() if not only or v.name in wanted]
         # A compiler may be older than products of bfloat16.
-        chosen = [v for v in chosen if v.flags != BF16 or _compiles(compiler, v.flags)]
+        chosen = [v for v in chosen if v.name not in EXTENDS or _compiles(compiler, v.flags)]
         listed = [f"-DPDARTS_HAS_{v.name.upper()}" for v in chosen]
-        jobs = [[str(SOURCES / f"{x}.cpp"), *listed, "-o", f"{folder}/{x}.o"] for x in SCALAR]
+        scalar = [*SCALAR]
+        if emulate_amx:
+            listed.append("-DPDARTS_EMULATE_AMX")
+            scalar.append("emulate_amx")
+        jobs = [[str(SOURCES / f"{x}.cpp"), *listed, "-o", f"{folder}/{x}.o"] for x in scalar]
         for variant in chosen:
             width = variant.width
             if force_width and variant.name == "avx2":
                 width = force_width
             names = [f"-DPDARTS_VARIANT={variant.name}", f"-DPDARTS_WIDTH={width}"]
-            for source in PRIMITIVES:
+            for source in WITH_PRODUCTS if variant.flags == AMX else PRIMITIVES:
                 target = f"{folder}/{variant.name}_{source}.o"
                 jobs.append([str(SOURCES / f"{source}.cpp"), *variant.flags, *names, "-o", target])
         # The largest files first, so that no processor idles at the end.
-        jobs.sort(key=lambda job: PRIMITIVES[1] not in job[0] and PRIMITIVES[2] not in job[0])
+        jobs.sort(key=lambda job: "fan_in" not in job[0] and "backward" not in job[0])
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda job: _run([*compiler, *flags, "-c", *job]), jobs))
         objects = [job[-1] for job in jobs]
@@ -135,12 +155,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--sanitize", action="store_true")
     parser.add_argument("--force-width", type=int)
+    parser.add_argument("--emulate-amx", action="store_true")
     parser.add_argument("--only", nargs="*", default=())
     options = parser.parse_args()
     path = build(
         options.output,
         sanitize=options.sanitize,
         force_width=options.force_width,
+        emulate_amx=options.emulate_amx,
         only=options.only,
     )
     sys.stdout.write(f"{path}\n")

@@ -28,7 +28,7 @@ class Library:
         path: Its file.
         handle: Its ctypes handle.
         index: Number of the variant in use.
-        variant: Its name: ``avx512bf16``, ``avx512``, ``avx2`` or ``generic``.
+        variant: Its name: ``amx``, ``avx512bf16``, ``avx512``, ``avx2`` or ``generic``.
         width: Floats in a vector of the variant.
     """
 

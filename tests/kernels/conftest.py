@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from pdarts_fast.kernels import cell as fused
+from pdarts_fast.kernels.cpu import compile as compiler
+from pdarts_fast.kernels.cpu import library
 from pdarts_fast.kernels.cpu import load as cpu
 from pdarts_fast.skip_dropout import DropoutControl
 from pdarts_fast.supernet import Cell
@@ -173,6 +176,19 @@ def compiled() -> str:
         pytest.skip(f"{found.reason} (or `python kernels/cpu/compile.py` in a checkout)")
     cpu.register()
     return "cpu"
+
+
+@pytest.fixture(scope="session")
+def emulated_amx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library whose variant ``amx`` runs on processors without AMX too, in software."""
+    found = cpu.availability()
+    if not found.usable or compiler.find_compiler() is None:
+        pytest.skip("needs the C++ kernels and a compiler")
+    listed = library.variants(library.load().handle)
+    if not any(name == "avx512bf16" and runs for name, runs, _ in listed):
+        pytest.skip("needs a processor with AVX512-BF16, and a compiler that knows it")
+    output = tmp_path_factory.mktemp("amx") / "emulated.so"
+    return compiler.build(output, emulate_amx=True, only=("amx",), extra=("-O1",))
 
 
 @pytest.fixture

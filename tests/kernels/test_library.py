@@ -71,7 +71,7 @@ def test_no_compiler_is_a_clear_message(monkeypatch: pytest.MonkeyPatch, tmp_pat
         compiler.build(tmp_path / "library.so")
 
 
-@pytest.mark.parametrize("variant", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("variant", ["generic", "avx2", "avx512", "avx512bf16"])
 def test_another_variant_passes_the_cell_tests(compiled: str, variant: str) -> None:
     in_use = library.load()
     runs = {name for name, can_run, _ in library.variants(in_use.handle) if can_run}
@@ -85,6 +85,25 @@ def test_another_variant_passes_the_cell_tests(compiled: str, variant: str) -> N
         capture_output=True,
         text=True,
         timeout=600,
+    )
+    assert found.returncode == 0, found.stdout[-2000:]
+
+
+@pytest.mark.slow
+def test_emulated_amx_passes_the_cell_tests(emulated_amx: Path) -> None:
+    chosen = "amp and (close or repeatable or bfloat16)"
+    files = ["tests/kernels/test_cell.py", "tests/kernels/test_stem.py"]
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *files, "-k", chosen],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            library.PATH_VARIABLE: str(emulated_amx),
+            library.VARIANT_VARIABLE: "amx",
+        },
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert found.returncode == 0, found.stdout[-2000:]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from torch import Tensor
 from pdarts_fast.kernels import calls, plan
 from pdarts_fast.kernels import cell as fused
 from pdarts_fast.kernels.calls import Call, CellCalls
+from pdarts_fast.kernels.cpu import library
+from pdarts_fast.kernels.cpu.primitives import CompiledPrimitives
 from pdarts_fast.kernels.interface import Arrays
 from pdarts_fast.kernels.reference import Reference
 from pdarts_fast.kernels.weights import Weights, layout
@@ -293,3 +296,61 @@ def test_bfloat16_is_stored_rounded_to_nearest_even() -> None:
         backend.fan_out(call, arrays, arrays.states[2], sums)
         stored = arrays.y[call.places(arrays.y.device).slots].double()
         torch.testing.assert_close(sums[:, 0], stored.mean((1, 2, 3)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(KERNELS != "cpu", reason="of the C++ kernels")
+@pytest.mark.parametrize("channels", [16, 32, 48, 80], ids=lambda c: f"c{c}")
+def test_amx_agrees_with_the_products_that_it_replaces(
+    channels: int, emulated_amx: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums of one to three tiles, whole and half ones, and rests of pixels."""
+    monkeypatch.setenv(library.PATH_VARIABLE, str(emulated_amx))
+    bench = Bench(channels, (2, 5, 19), reduction=False)
+    found = {}
+    for variant in ("avx512bf16", "amx"):
+        monkeypatch.setenv(library.VARIANT_VARIABLE, variant)
+        loaded = library.load()
+        before = loaded.handle.pdarts_emulated()
+        found[variant] = _every_product(bench, CompiledPrimitives(loaded))
+        assert (loaded.handle.pdarts_emulated() > before) == (variant == "amx")
+    for name, value in found["avx512bf16"].items():
+        # What is stored may be rounded to either of two neighbours, and moments are of that.
+        tolerance = {torch.bfloat16: 2.0**-7, torch.float64: 5e-4}.get(value.dtype, 2e-5)
+        scale = value.abs().max().clamp_min(1e-3)
+        off = (found["amx"][name].double() - value.double()).abs().max() / scale
+        assert off <= tolerance, f"{name}: {off:.1e}"
+
+
+def _every_product(bench: Bench, backend: CompiledPrimitives) -> dict[str, Tensor]:
+    """What the primitives with products compute from bfloat16 arrays."""
+    channels, found = bench.channels, {}
+    for name, call in {"state": bench.calls.leave[2], "input": bench.calls.inputs[1]}.items():
+        arrays, sums = bench.arrays(torch.bfloat16), sums_like(call, 2, channels)
+        x = bench.states[2]
+        if name == "input":
+            x = bench.random(*bench.smaller[:3], 4 * channels)
+            arrays.y = torch.zeros(1, *bench.smaller, dtype=torch.bfloat16)
+        backend.fan_out(call, arrays, x.bfloat16(), sums)
+        found |= {f"y of {name}": arrays.y, f"moments of {name}": sums}
+    for name, call in {"node": bench.calls.gather[2], "input": bench.calls.inputs[1]}.items():
+        arrays = bench.arrays(torch.bfloat16)
+        x = bench.states[2]
+        if name == "input":
+            x = bench.random(*bench.smaller[:3], 4 * channels)
+            arrays.y, arrays.grads = bench.y[:1].bfloat16(), [bench.grads[0].bfloat16()]
+        out, coef = (
+            torch.zeros_like(x, dtype=torch.bfloat16),
+            bench.random(len(call.items), 3, channels),
+        )
+        backend.fan_in(call, arrays, x.bfloat16(), coef.float(), None, out)
+        assert arrays.weights.grad is not None
+        found |= {f"dx of {name}": out, f"dw of {name}": arrays.weights.grad}
+    call, arrays = bench.calls.enter_second[3][1], bench.arrays(torch.bfloat16)
+    scale, shift, coef = (
+        bench.random(len(call.items), *s, channels).float() for s in ((), (), (3,))
+    )
+    backend.mid_backward(call, arrays, scale, shift, coef, sums_like(call, 2, channels))
+    assert arrays.half_grads is not None
+    assert arrays.weights.grad is not None
+    return found | {"halves": arrays.half_grads, "dw of halves": arrays.weights.grad}

@@ -3,8 +3,8 @@
 
 #include "depthwise.h"
 #include "gather.h"
-#include "product.h"
 #include "statistics.h"
+#include "tiles.h"
 
 namespace pdarts {
 namespace PDARTS_VARIANT {
@@ -229,7 +229,7 @@ PDARTS_SHARED void product_into_plane(const E* dy, int64_t pixels, int64_t chann
 template <class E>
 PDARTS_SHARED void add_outer(E* a, int64_t rows, E* b, int64_t columns, int64_t pixels,
                              float* out) {
-  outer(by_pixel(a, pixels, rows), rows, by_pixel(b, pixels, columns), columns, pixels, out);
+  outer(left_side(a, pixels, rows), rows, right_side(b, pixels, columns), columns, pixels, out);
 }
 
 // For a convolution and output rows [begin, end) of image n: the gradient of the depthwise output

@@ -2,6 +2,12 @@
 // a whole pass of a cell, a draw of masks; and running statistics.
 #include "cell.h"
 
+#if defined(PDARTS_HAS_AMX) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace pdarts {
 
 #define PDARTS_DECLARE(name) \
@@ -9,6 +15,9 @@ namespace pdarts {
   extern const Variant table; \
   }
 
+#ifdef PDARTS_HAS_AMX
+PDARTS_DECLARE(amx)
+#endif
 #ifdef PDARTS_HAS_AVX512BF16
 PDARTS_DECLARE(avx512bf16)
 #endif
@@ -22,12 +31,35 @@ PDARTS_DECLARE(generic)
 
 namespace {
 
-constexpr int64_t kMostVariants = 4;
+constexpr int64_t kMostVariants = 5;
 
 struct Entry {
   const Variant* variant;
   bool runs;
 };
+
+#ifdef PDARTS_HAS_AMX
+// Whether the processor has tiles of bfloat16 and the kernel lets this process use them; Linux wants to
+// be asked before the first use.
+bool ask_for_tiles() {
+#if defined(PDARTS_EMULATE_AMX)
+  return true;
+#elif defined(__linux__)
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kBF16 = 1u << 22, kTiles = 1u << 24;
+  constexpr long kAskFor = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+  return (d & kBF16) && (d & kTiles) && syscall(SYS_arch_prctl, kAskFor, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+bool may_use_tiles() {
+  static const bool may = ask_for_tiles();
+  return may;
+}
+#endif
 
 int64_t list(Entry* entries) {
   int64_t count = 0;
@@ -40,7 +72,11 @@ int64_t list(Entry* entries) {
                     __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512vl");
 #ifdef PDARTS_HAS_AVX512BF16
-  entries[count++] = {&avx512bf16::table, wide && __builtin_cpu_supports("avx512bf16")};
+  const bool pairs = wide && __builtin_cpu_supports("avx512bf16");
+#ifdef PDARTS_HAS_AMX
+  entries[count++] = {&amx::table, pairs && may_use_tiles()};
+#endif
+  entries[count++] = {&avx512bf16::table, pairs};
 #endif
   entries[count++] = {&avx512::table, wide};
 #endif

@@ -28,6 +28,12 @@ PDARTS_DECLARE_PRIMITIVES
 }  // namespace avx512
 #endif
 
+#ifdef PDARTS_AMX
+namespace avx512bf16 {
+PDARTS_DECLARE_PRIMITIVES
+}  // namespace avx512bf16
+#endif
+
 namespace PDARTS_VARIANT {
 PDARTS_DECLARE_PRIMITIVES
 }  // namespace PDARTS_VARIANT

@@ -6,8 +6,8 @@
 // tiles.
 //
 // Operands are float, or bfloat16 where the processor multiplies it: a lane then holds two numbers
-// that follow one another along the sum, and a step is a pair of them. AMX would replace `product`
-// and `outer` in the same way.
+// that follow one another along the sum, and a step is a pair of them. tiles.h has `product`, `outer` and
+// `left_side` of bfloat16 for AMX.
 #pragma once
 
 #include <type_traits>
@@ -65,31 +65,52 @@ PDARTS_INLINE Operand<T>* operands(float* room) {
   return reinterpret_cast<Operand<T>*>(room);
 }
 
-// Room, in floats, for the rows of an operand and for `by_pixel` of them.
+// Pixels that the arrays of an operand have: tiles of AMX are whole.
+PDARTS_INLINE int64_t operand_pixels(int64_t pixels) {
+#ifdef PDARTS_AMX
+  return (pixels + 2 * V - 1) / (2 * V) * (2 * V);
+#else
+  return pixels;
+#endif
+}
+
+// Room, in floats, for the rows of an operand and for a side of `outer` made of them.
 PDARTS_INLINE int64_t operand_floats(int64_t pixels, int64_t depth) {
-  return (pixels + 1) * depth + kSlack;
+  return (operand_pixels(pixels) + 1) * depth + kSlack;
 }
 
 // Rows [pixels, columns] in the order in which `outer` sums them: pixel by pixel.
-PDARTS_INLINE const float* by_pixel(float* rows, int64_t, int64_t) { return rows; }
+PDARTS_INLINE const float* right_side(float* rows, int64_t, int64_t) { return rows; }
 
 #ifdef PDARTS_BF16
-// Two pixels a lane, into the room behind the rows; an odd last one has a zero beside it.
-PDARTS_INLINE const BFloat* by_pixel(BFloat* rows, int64_t pixels, int64_t columns) {
-  BFloat* pairs = rows + pixels * columns;
-  const auto bits = [&](int64_t p, int64_t c) {
-    const BFloat* from = rows + p * columns + c;
+// Channels c to c + V of pixels p and p + 1; zero for pixels that there are not.
+PDARTS_INLINE Bits pixel_pair(const BFloat* rows, int64_t p, int64_t pixels, int64_t columns,
+                              int64_t c) {
+  const auto bits = [&](int64_t pixel) {
+    if (pixel >= pixels) return Bits{};
+    const BFloat* from = rows + pixel * columns + c;
     return __builtin_convertvector(*reinterpret_cast<const UnalignedHalf*>(from), Bits);
   };
-  for (int64_t p = 0; p < pixels; p += 2)
-    for (int64_t c = 0; c < columns; c += V) {
-      Bits both = bits(p, c);
-      if (p + 1 < pixels) both |= bits(p + 1, c) << 16;
-      *reinterpret_cast<UnalignedBits*>(pairs + p * columns + 2 * c) = both;
-    }
+  return bits(p) | bits(p + 1) << 16;
+}
+
+// Two pixels a lane, into the room behind the rows.
+PDARTS_INLINE const BFloat* right_side(BFloat* rows, int64_t pixels, int64_t columns) {
+  const int64_t padded = operand_pixels(pixels);
+  BFloat* pairs = rows + padded * columns;
+  for (int64_t p = 0; p < padded; p += 2)
+    for (int64_t c = 0; c < columns; c += V)
+      *reinterpret_cast<UnalignedBits*>(pairs + p * columns + 2 * c) =
+          pixel_pair(rows, p, pixels, columns, c);
   return pairs;
 }
 #endif
+
+// The left side of `outer` from its rows.
+template <class E>
+PDARTS_INLINE const E* left_side(E* rows, int64_t pixels, int64_t columns) {
+  return right_side(rows, pixels, columns);
+}
 
 template <int NV>
 constexpr int kTileRows = kManyRegisters ? 16 / NV : 6;
@@ -181,7 +202,7 @@ PDARTS_INLINE void product(const E* a, int64_t a_stride, int64_t pixels, int64_t
   if (n < columns) product_panel<1>(a, a_stride, pixels, packed, depth, n / V, put);
 }
 
-// `a` and `b` as by_pixel gives them.
+// `a` and `b` as left_side and right_side give them.
 template <int R, int NV, class E>
 PDARTS_INLINE void outer_tile(const E* a, int64_t a_stride, const E* b, int64_t b_stride,
                               int64_t pixels, float* out, int64_t out_stride) {
@@ -236,7 +257,7 @@ PDARTS_INLINE void outer_panel(const E* a, int64_t rows, const E* b, int64_t b_s
 }
 
 // out [rows, columns] += sum over pixels of a[pixel][row] b[pixel][column]; rows is even. `a` and `b`
-// as by_pixel gives them.
+// as left_side and right_side give them.
 template <class E>
 PDARTS_INLINE void outer(const E* a, int64_t rows, const E* b, int64_t columns, int64_t pixels,
                          float* out) {

@@ -23,6 +23,11 @@
 #define PDARTS_BF16 1
 #endif
 
+// The same on tiles of 16 rows.
+#if defined(__AMX_BF16__) && defined(PDARTS_BF16)
+#define PDARTS_AMX 1
+#endif
+
 namespace pdarts {
 namespace PDARTS_VARIANT {
 
