@@ -50,7 +50,7 @@ class Backward(Pass):
             if node > 0:
                 arrays.grads[node - 1] = self._gather(node + 1, arrays.grads[node - 1])
         inputs: list[Tensor | None] = [None, None]
-        for which in (1, 0):
+        for which in (0, 1):
             if self.wanted[which]:
                 state_grad = self._gather(which, None)
                 inputs[which] = self._preprocess(which, state_grad, want_inputs[which])

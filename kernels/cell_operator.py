@@ -354,11 +354,11 @@ def _backward(ctx, grad, *_):
 
 
 cell_forward.register_autograd(_backward, setup_context=_setup_context)
-refuse_second_derivative(
-    cell_backward,
+NO_SECOND_DERIVATIVE = (
     "the fused search cell has",
     "build the network with backend='reference' to differentiate its gradients",
 )
+refuse_second_derivative(cell_backward, *NO_SECOND_DERIVATIVE)
 
 
 def move_running(

@@ -6,6 +6,7 @@ dtype they store, when they are needed, and the refusal of second derivatives.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -84,3 +85,26 @@ def refuse_second_derivative(backward: Any, subject: str, instead: str) -> None:
         raise RuntimeError(f"{subject} no second derivative; {instead}")
 
     backward.register_autograd(refuse, setup_context=lambda ctx, inputs, output: None)
+
+
+class _Refusal(torch.autograd.Function):
+    """Gradients that raise where they are differentiated by what they follow from."""
+
+    @staticmethod
+    def forward(ctx: Any, message: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.message = message
+        return tuple(tensor.view_as(tensor) for tensor in tensors[count:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(ctx.message)
+
+
+def attach_refusal(
+    grads: Sequence[Tensor | None], inputs: Sequence[Tensor], subject: str, instead: str
+) -> list[Tensor | None]:
+    """Gradients of ``inputs`` that raise as ``refuse_second_derivative`` makes an operator."""
+    message = f"{subject} no second derivative; {instead}"
+    given = [g for g in grads if g is not None]
+    attached = iter(_Refusal.apply(message, len(inputs), *inputs, *given))
+    return [None if g is None else next(attached) for g in grads]

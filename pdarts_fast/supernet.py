@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pdarts_fast import search_space
 from pdarts_fast.genotype import PRIMITIVES
-from pdarts_fast.kernels import backends
+from pdarts_fast.kernels import backends, chain
 from pdarts_fast.kernels.plan import STREAMS_PER_CELL
 from pdarts_fast.operations import OPS, FactorizedReduce, Identity, ReLUConvBN, batch_norm
 from pdarts_fast.search_space import NUM_INPUTS, Switches
@@ -281,15 +281,18 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores of images ``[N, 3, H, W]``: logits ``[N, num_classes]``."""
-        self._use_backend_of(x.device.type)
+        backend = self._use_backend_of(x.device.type)
         if self.training and self._has_skip_dropout:
             self.skip_dropout.advance()
         weights_normal = self._edge_weights(self.alphas_normal, "normal")
         weights_reduce = self._edge_weights(self.alphas_reduce, "reduce")
-        s0 = s1 = self.stem(x)
-        for cell in self.cells:
-            s0, s1 = s1, cell(s0, s1, weights_reduce if cell.reduction else weights_normal)
-        return self.classifier(self.global_pooling(s1).flatten(1))
+        s = self.stem(x)
+        out = chain.run(backend, Cell, self.cells, s, weights_normal, weights_reduce)
+        if out is None:
+            s0, out = s, s
+            for cell in self.cells:
+                s0, out = out, cell(s0, out, weights_reduce if cell.reduction else weights_normal)
+        return self.classifier(self.global_pooling(out).flatten(1))
 
     def _edge_weights(self, alphas: Tensor, kind: str = "normal") -> Tensor:
         """Softmax over an edge's primitives; over the edges if each has only one."""

@@ -6,7 +6,7 @@ import ctypes
 
 import numpy as np
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 FAN_OUT, MID, AFFINE, MIX, REDUCE, MID_BACKWARD, FAN_IN = range(7)
 PATCHES = 6
 """Kind of the stem's convolution, which no plan has."""
@@ -136,6 +136,7 @@ class CellTask(ctypes.Structure):
         ),
         ("state_grads", _POINTER * 2),
         ("grad_inputs", _POINTER * 2),
+        ("adds", _INT * 2),
         ("grad_alphas", _POINTER),
         ("grad_weights", _POINTER),
     )

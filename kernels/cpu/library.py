@@ -47,13 +47,18 @@ class Library:
         if self.handle.pdarts_run(self.index, primitive, ctypes.byref(task)):
             raise RuntimeError(f"{self.path} has no primitive {primitive} for {self.variant}")
 
-    def run_cell(self, cell: abi.CellTask, *, backward: bool) -> None:
-        """Runs a pass of a cell.
+    def run_cells(self, cells: int, count: int, *, backward: bool) -> None:
+        """Runs a pass of cells that follow one another.
+
+        Args:
+            cells: Address of an array of ``abi.CellTask``.
+            count: Its length.
+            backward: From the last one on.
 
         Raises:
             RuntimeError: The library does not run here.
         """
-        if self.handle.pdarts_run_cell(self.index, backward, ctypes.byref(cell)):
+        if self.handle.pdarts_run_cells(self.index, backward, cells, count):
             raise RuntimeError(f"{self.path} has no passes for {self.variant}")
 
     def draw(self, task: abi.DrawTask) -> None:
@@ -65,9 +70,14 @@ class Library:
         if self.handle.pdarts_draw(self.index, ctypes.byref(task)):
             raise RuntimeError(f"{self.path} draws no masks for {self.variant}")
 
-    def move_running(self, task: abi.RunningTask) -> None:
-        """Moves running statistics towards those of a batch."""
-        self.handle.pdarts_move_running(ctypes.byref(task))
+    def move_running(self, tasks: int, count: int) -> None:
+        """Moves running statistics towards those of a batch.
+
+        Args:
+            tasks: Address of an array of ``abi.RunningTask``.
+            count: Its length.
+        """
+        self.handle.pdarts_move_running(tasks, count)
 
 
 def candidates() -> Iterator[Path]:
@@ -108,16 +118,17 @@ def _open(path: Path) -> ctypes.CDLL:
         ctypes.POINTER(ctypes.c_int64),
         ctypes.POINTER(ctypes.c_int64),
     )
-    handle.pdarts_run_cell.restype = ctypes.c_int64
-    handle.pdarts_run_cell.argtypes = (
+    handle.pdarts_run_cells.restype = ctypes.c_int64
+    handle.pdarts_run_cells.argtypes = (
         ctypes.c_int64,
         ctypes.c_int64,
-        ctypes.POINTER(abi.CellTask),
+        ctypes.c_void_p,
+        ctypes.c_int64,
     )
     handle.pdarts_draw.restype = ctypes.c_int64
     handle.pdarts_draw.argtypes = (ctypes.c_int64, ctypes.POINTER(abi.DrawTask))
     handle.pdarts_move_running.restype = None
-    handle.pdarts_move_running.argtypes = (ctypes.POINTER(abi.RunningTask),)
+    handle.pdarts_move_running.argtypes = (ctypes.c_void_p, ctypes.c_int64)
     sizes = {
         "task": ctypes.sizeof(abi.Task),
         "branch": ctypes.sizeof(abi.Branch),

@@ -43,7 +43,8 @@ def register() -> None:
     Raises:
         LibraryError: The library does not run here.
     """
-    from .. import cell_operator, stem
+    from .. import cell_operator, chain, stem
+    from .chain import CompiledChain
     from .primitives import CompiledPrimitives
     from .stem import CompiledStem
     from .whole_cell import CompiledCell
@@ -53,6 +54,7 @@ def register() -> None:
         raise found
     primitives = CompiledPrimitives(found)
     cell_operator.register_backend("cpu", primitives, CompiledCell(found))
+    chain.register("cpu", CompiledChain(found))
     stem.register("cpu", CompiledStem(primitives))
 
 

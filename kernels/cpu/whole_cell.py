@@ -10,8 +10,6 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from functools import lru_cache
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -19,8 +17,6 @@ from torch import Tensor
 
 from .. import calls as cell_calls
 from .. import moments
-from .. import plan as plans
-from ..calls import Call, Item
 from ..cell_pass import Saved
 from ..interface import Arrays
 from ..plan import Plan
@@ -29,105 +25,11 @@ from . import abi
 from . import draw as drawing
 from .library import Library
 from .memory import pool
-
-_POOLS = (plans.MAX_POOL, plans.AVG_POOL)
-_FLOAT = {torch.float32}
-# Arrays begin at whole cache lines, counted in the shortest numbers that are stored.
-_LINE = 32
-
-
-@lru_cache(maxsize=1024)
-def _places(plan: str | Plan) -> tuple[int, ...]:
-    """Which stored array every slot is; -1 of a pool, which is cheaper to compute than to keep.
-
-    It is computed anew by whoever reads it, from a state that is read anyway.
-    """
-    plan = plans.from_key(plan) if isinstance(plan, str) else plan
-    pools = {branch.slot for branch in plan.branches if branch.kind in _POOLS}
-    kept = (slot for slot in range(plan.num_slots) if slot not in pools)
-    by_slot = {slot: place for place, slot in enumerate(kept)}
-    return tuple(by_slot.get(slot, -1) for slot in range(plan.num_slots))
-
-
-def _are_plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether kernels may read or write tensors where they are; without a loop in Python."""
-    return {x.dtype for x in tensors} <= _FLOAT and all(map(Tensor.is_contiguous, tensors))
+from .tables import addresses_of, are_plain, places, places_in_room, set_sizes, tables, unbiased
 
 
 def _are_read_in_place(where: Layout, parameters: Sequence[Tensor]) -> bool:
-    return where.is_plain and _are_plain(parameters)
-
-
-def _addresses_of(tensors: Sequence[Tensor]) -> np.ndarray:
-    return np.array(list(map(Tensor.data_ptr, tensors)), dtype=np.int64)
-
-
-class Tables:
-    """A plan's calls as C structs; holds the memory that they point to.
-
-    Attributes:
-        struct: What ``abi.CellTask.calls`` points to.
-    """
-
-    def __init__(self, plan: Plan, offsets: list[int]) -> None:
-        calls = cell_calls.of_plan(plan)
-        self._offsets = [*offsets, -1]
-        self._places = [*_places(plan.key or plan), -1]
-        self._kept: list[object] = []
-        self.struct = abi.CellCalls(
-            steps=plan.steps,
-            slots=plan.num_slots,
-            halves=calls.num_halves,
-            alphas=plan.num_edges * plan.num_ops,
-            norms=len(plan.norms),
-            inputs=self._calls(calls.inputs),
-            leave=self._calls(calls.leave),
-            second=self._calls(calls.second),
-            enter=self._calls(calls.both),
-            enter_second=self._calls([call for row in calls.enter_second for call in row]),
-            gather=self._calls(calls.gather),
-        )
-
-    def _calls(self, calls: Sequence[Call]) -> int:
-        """Address of an array of ``struct Call``."""
-        array = (abi.Call * len(calls))()
-        for struct, call in zip(array, calls, strict=True):
-            items = self._items(call)
-            normed = sum(item.kind != plans.SKIP for item in call.items)
-            struct.count, struct.normed = len(call.items), normed
-            struct.items = items.ctypes.data
-            self._kept.append(items)
-        self._kept.append(array)
-        return ctypes.addressof(array)
-
-    def _items(self, call: Call) -> np.ndarray:
-        table = np.zeros(len(call.items), dtype=abi.ITEM)
-        for name in abi.ITEM.names or ():
-            if name in Item._fields and name not in ("depthwise", "pointwise"):
-                table[name] = [getattr(item, name) for item in call.items]
-        table["depthwise"] = [self._offsets[item.depthwise] for item in call.items]
-        table["pointwise"] = [self._offsets[item.pointwise] for item in call.items]
-        table["depthwise_weight"] = [item.depthwise for item in call.items]
-        table["pointwise_weight"] = [item.pointwise for item in call.items]
-        table["place"] = [self._places[item.slot] for item in call.items]
-        table["input_place"] = [self._places[item.input] for item in call.items]
-        table["alpha"] = [item.edge * call.num_ops + item.op for item in call.items]
-        return table
-
-
-@lru_cache(maxsize=1024)
-def _tables(plan: str | Plan, offsets: tuple[int, ...]) -> Tables:
-    """Tables of a plan, or of that of a key: hashing a plan with a key takes long."""
-    return Tables(plans.from_key(plan) if isinstance(plan, str) else plan, list(offsets))
-
-
-@lru_cache(maxsize=1024)
-def _unbiased(plan: str | Plan, pixels: int, input_pixels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Slot of every norm, and what makes its variance of that many values unbiased."""
-    plan = plans.from_key(plan) if isinstance(plan, str) else plan
-    slots = np.array(plan.norm_slots, dtype=np.int64)
-    counts = np.where(slots < plan.num_slots, pixels, input_pixels)
-    return slots, counts / np.maximum(counts - 1, 1)
+    return where.is_plain and are_plain(parameters)
 
 
 class CompiledCell:
@@ -139,17 +41,13 @@ class CompiledCell:
     def _task(self, plan: Plan, saved: Saved, arrays: Arrays, alphas: Tensor) -> abi.CellTask:
         """What both passes need; ``alphas`` is float64 and contiguous."""
         weights = self._addresses(arrays.weights)
-        tables = _tables(plan.key or plan, tuple(arrays.weights.layout.offsets))
+        described = tables(plan.key or plan, tuple(arrays.weights.layout.offsets))
         slots = saved.slots
-        task = abi.CellTask(calls=ctypes.addressof(tables.struct))
-        _, task.images, task.height, task.width, task.channels = slots.shape
-        task.real_channels, task.training = arrays.channels, arrays.training
-        task.bf16, task.threads = slots.dtype == torch.bfloat16, torch.get_num_threads()
+        task = abi.CellTask(calls=ctypes.addressof(described.struct))
+        inputs, states = [x.shape for x in saved.inputs], [x.shape for x in saved.states]
+        set_sizes(task, slots.shape[1:], inputs, states, arrays.channels, slots.dtype)
+        task.training, task.threads = arrays.training, torch.get_num_threads()
         for which in (0, 1):
-            _, height, width, channels = saved.inputs[which].shape
-            task.in_height[which], task.in_width[which] = height, width
-            task.in_channels[which] = channels
-            _, task.state_height[which], task.state_width[which], _ = saved.states[which].shape
             task.inputs[which] = saved.inputs[which].data_ptr()
             task.states[which] = saved.states[which].data_ptr()
         task.nodes, task.y = saved.nodes.data_ptr(), slots.data_ptr()
@@ -166,7 +64,7 @@ class CompiledCell:
         """Where every weight begins."""
         given, where = weights.parameters, weights.layout
         if not isinstance(given, Tensor) and _are_read_in_place(where, given):
-            return _addresses_of(given)
+            return addresses_of(given)
         flat = weights.flat
         offsets = np.array(where.offsets, dtype=np.int64)
         return flat.data_ptr() + flat.element_size() * offsets
@@ -175,7 +73,7 @@ class CompiledCell:
         return 0 if _are_read_in_place(where, parameters) else where.total
 
     def extra_slots(self, plan: Plan) -> int:
-        return -_places(plan.key or plan).count(-1)
+        return -places(plan.key or plan).count(-1)
 
     def forward(
         self, plan: Plan, saved: Saved, arrays: Arrays, alphas: Tensor, stats: Tensor
@@ -183,7 +81,7 @@ class CompiledCell:
         alphas = alphas.detach().double().contiguous()
         task = self._task(plan, saved, arrays, alphas)
         task.stats = stats.data_ptr()
-        self.library.run_cell(task, backward=False)
+        self.library.run_cells(ctypes.addressof(task), 1, backward=False)
 
     def backward(
         self,
@@ -209,7 +107,7 @@ class CompiledCell:
                 task.grad_inputs[which] = found.data_ptr()
         wants = [want or weights is not None for want in want_inputs]
         room = self._backward_room(plan, saved, task, wants)
-        self.library.run_cell(task, backward=True)
+        self.library.run_cells(ctypes.addressof(task), 1, backward=True)
         del room
         return inputs, grad_alphas.flatten()
 
@@ -223,8 +121,8 @@ class CompiledCell:
         halves = cell_calls.of_plan(plan).num_halves
         counts = [(plan.steps - 1) * of_slot, halves * of_slot]
         counts += [x.numel() if want else 0 for x, want in zip(saved.states, wants, strict=True)]
-        begins = list(accumulate((-(-count // _LINE) * _LINE for count in counts), initial=0))
-        room = pool.empty((begins[-1],), slots.dtype)
+        begins, length = places_in_room(counts)
+        room = pool.empty((length,), slots.dtype)
         base, size = room.data_ptr(), slots.element_size()
         task.node_grads, task.half_grads = base, base + begins[1] * size
         for which, want in enumerate(wants):
@@ -246,11 +144,11 @@ class CompiledCell:
         stats: Tensor,
         counts: list[int],
     ) -> bool:
-        if not _are_plain(running):
+        if not are_plain(running):
             return False
         stats = stats.contiguous()
-        slots, unbiased = _unbiased(plan.key or plan, counts[0], counts[1])
-        addresses, counters = _addresses_of(running), _addresses_of(batches)
+        slots, factors = unbiased(plan.key or plan, counts[0], counts[1])
+        addresses, counters = addresses_of(running), addresses_of(batches)
         task = abi.RunningTask(
             norms=len(batches),
             channels=plan.channels,
@@ -259,10 +157,10 @@ class CompiledCell:
             running=addresses.ctypes.data,
             batches=counters.ctypes.data,
             stats=stats.data_ptr(),
-            unbiased=unbiased.ctypes.data,
+            unbiased=factors.ctypes.data,
             momentum=moments.MOMENTUM,
         )
-        self.library.move_running(task)
+        self.library.move_running(ctypes.addressof(task), 1)
         # Autograd notices that a graph has an older value.
         torch.autograd.graph.increment_version([*running, *batches])
         return True

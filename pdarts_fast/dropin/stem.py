@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pdarts_fast.dropin import swap
 from pdarts_fast.dropin.stock_ops import is_known_norm
-from pdarts_fast.dropin.watch import has_hooks, hooks_on_all_modules
+from pdarts_fast.hooks import has_hooks, hooks_on_all_modules
 from pdarts_fast.kernels import backends, stem
 
 _LARGEST_DEPTH = 4

@@ -15,13 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
+
+from pdarts_fast.hooks import has_hooks, hooks_on_all_modules
 
 # What torch keeps in every module.
 _OF_TORCH = frozenset(vars(nn.Module()))
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_READ_HOOKS = itemgetter(*_HOOKS)
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 _OF_REPLICAS = ("_is_replica", "_former_parameters")
 _PLAIN = (int, float, bool, str, bytes, type(None))
 _CODE = (type, types.FunctionType, types.BuiltinFunctionType)
@@ -89,16 +87,6 @@ def parameters_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
     if "_is_replica" in module.__dict__:
         return module.__dict__["_former_parameters"]
     return module._parameters  # type: ignore[return-value]
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether torch calls hooks of this module where it is called itself."""
-    return any(_READ_HOOKS(module.__dict__))
-
-
-def hooks_on_all_modules() -> bool:
-    """Whether torch calls hooks for whatever module runs."""
-    return any(getattr(torch_module, name, None) for name in _GLOBAL_HOOKS)
 
 
 def _rate_of(dropouts: Iterable[nn.Dropout]) -> float | None:

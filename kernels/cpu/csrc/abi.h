@@ -116,6 +116,7 @@ struct CellTask {
   void* half_grads;              // storage [halves, M, C], room
   void* state_grads[2];          // storage, room, or null if nobody asks
   void* grad_inputs[2];          // storage, written, or null if nobody asks
+  int64_t adds[2];               // whether that of an input is added to what is there
   double* grad_alphas;           // written
   float* grad_weights;           // written, or null if nobody asks
 };

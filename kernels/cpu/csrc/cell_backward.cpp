@@ -23,7 +23,7 @@ class Backward : public CellPass {
       gather(node + 1, &grad, to);
       grad = to;
     }
-    for (int64_t which = 1; which >= 0; --which) {
+    for (int64_t which = 0; which < 2; ++which) {
       if (!cell_.state_grads[which]) continue;
       gather(which, nullptr, {cell_.state_grads[which], channels_});
       preprocess(which);
@@ -177,6 +177,10 @@ class Backward : public CellPass {
     b.coef = b.scale = coef.data();
     t.out = cell_.grad_inputs[which];
     t.out_stride = t.in_channels;
+    if (cell_.adds[which]) {
+      t.incoming = t.out;
+      t.incoming_stride = t.out_stride;
+    }
     run(kFanIn, t);
   }
 

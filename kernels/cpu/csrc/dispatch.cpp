@@ -93,7 +93,7 @@ int64_t list(Entry* entries) {
 extern "C" {
 
 // Bumped whenever abi.h changes, so that a library of another version is refused.
-int64_t pdarts_abi_version() { return 5; }
+int64_t pdarts_abi_version() { return 6; }
 
 int64_t pdarts_sizeof_task() { return sizeof(pdarts::Task); }
 
@@ -126,11 +126,19 @@ int64_t pdarts_run(int64_t index, int64_t primitive, const pdarts::Task* task) {
   return 0;
 }
 
-// Runs a pass of a cell, forward or backward. Returns like `pdarts_run`.
-int64_t pdarts_run_cell(int64_t index, int64_t backward, const pdarts::CellTask* cell) {
+// Runs a pass of cells that follow one another, forward or, from the last one on, backward. Returns like
+// `pdarts_run`.
+int64_t pdarts_run_cells(int64_t index, int64_t backward, const pdarts::CellTask* cells,
+                         int64_t count) {
   pdarts::Entry entries[pdarts::kMostVariants];
   if (index < 0 || index >= pdarts::list(entries) || !entries[index].runs) return 1;
-  (backward ? pdarts::cell_backward : pdarts::cell_forward)(*cell, *entries[index].variant);
+  const pdarts::Variant& variant = *entries[index].variant;
+  for (int64_t i = 0; i < count; ++i) {
+    if (backward)
+      pdarts::cell_backward(cells[count - 1 - i], variant);
+    else
+      pdarts::cell_forward(cells[i], variant);
+  }
   return 0;
 }
 
@@ -142,9 +150,13 @@ int64_t pdarts_draw(int64_t index, const pdarts::DrawTask* task) {
   return 0;
 }
 
-// Moves running statistics; hundreds of short vectors, which took longer one by one.
-void pdarts_move_running(const pdarts::RunningTask* task) {
-  const pdarts::RunningTask& t = *task;
+}  // extern "C"
+
+namespace pdarts {
+namespace {
+
+// Hundreds of short vectors, which took longer one by one.
+void move_running(const RunningTask& t) {
   const float momentum = static_cast<float>(t.momentum);
   for (int64_t i = 0; i < t.norms; ++i) {
     ++*t.batches[i];
@@ -156,6 +168,16 @@ void pdarts_move_running(const pdarts::RunningTask* task) {
         running[c] += momentum * (static_cast<float>(found[c] * factor) - running[c]);
     }
   }
+}
+
+}  // namespace
+}  // namespace pdarts
+
+extern "C" {
+
+// Moves running statistics of cells.
+void pdarts_move_running(const pdarts::RunningTask* tasks, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) pdarts::move_running(tasks[i]);
 }
 
 }  // extern "C"

@@ -49,7 +49,7 @@ Sizes sizes_of(const Task& t) {
   const int64_t blocks = t.channels / V, out_pixels = t.out_height * t.out_width;
   if (s.conv) s.x = Plane::floats(t.in_height, t.in_width, s.padding, blocks);
   if (s.conv) s.grad = Plane::floats(t.out_height, t.out_width, s.padding, blocks);
-  s.lone = t.num_branches == 1 && !t.incoming &&
+  s.lone = t.num_branches == 1 &&
            (t.branches[0].kind == kPointwise || t.branches[0].kind == kPatches);
   s.raw = s.lone ? 0 : t.in_height * t.in_width * t.in_channels;
   s.pooled = s.lone ? 0 : out_pixels * t.channels;
@@ -167,8 +167,8 @@ void gathered_backward(const Task& t, const Branch& b, const Packed<T>& packed, 
   gathered_weights(t, b, packed, group, image, begin, end, w);
 }
 
-// Image n where one product is all there is, as in front of a cell: no sum to keep. Of patches the
-// weight gradient alone.
+// Image n where one product is all there is, as in front of a cell: no sum to keep but what comes in. Of
+// patches the weight gradient alone.
 template <class T>
 void pointwise_image(const Task& t, const Packed<T>& packed, int64_t group, int64_t n,
                      const T* image, const Work& w) {
@@ -181,14 +181,19 @@ void pointwise_image(const Task& t, const Packed<T>& packed, int64_t group, int6
     if (t.out) {
       const T* x = image + begin * width * t.x_stride;
       T* out = static_cast<T*>(t.out) + first * t.out_stride;
-      const bool past = can_stream(out);
+      const T* incoming = static_cast<const T*>(t.incoming);
+      if (incoming) incoming += first * t.incoming_stride;
+      const bool past = can_stream(out) && !incoming;
       const Ahead next_x = Ahead::of(x + pixels * t.x_stride, t.x_stride);
       const GradientAhead next = gradient_ahead<T>(t, b, first + pixels);
       product(operands<T>(w.dy), t.channels, pixels, t.channels, packed.pointwise, cx,
               [&](int64_t p, int64_t block, Vec v) {
                 next_x.ask(p, block);
                 if (block < t.channels / V) next.ask(p, block);
-                const Vec dx = masked(v, load(x + p * t.x_stride + block * V));
+                Vec dx = masked(v, load(x + p * t.x_stride + block * V));
+                // As if it had been stored and added.
+                if (incoming)
+                  dx = as_stored<T>(dx) + load(incoming + p * t.incoming_stride + block * V);
                 T* o = out + p * t.out_stride + block * V;
                 past ? stream(o, dx) : store(o, dx);
               });
