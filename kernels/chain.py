@@ -1,7 +1,7 @@
 """All cells of a supernet as one node of autograd, where a backend runs them in one call.
 
-Cell by cell, a tenth of a pass is Python and autograd between two calls of a backend, whose data has
-left the caches in the meantime. A chain does for all cells at once what leads to a call, and the
+Cell by cell, a tenth of a pass is Python and autograd between two calls of a backend, with caches
+that the kernels have emptied. A chain does for all cells at once what leads to a call, and
 gradients of a cell's output are added where they arise.
 """
 
@@ -110,7 +110,8 @@ class _Modules:
         self.names = names
         self.keys = tuple(name.key for name in names)
         self.reduction = [plans.from_key(key).reduction for key in self.keys]
-        self.dropout = next((name.dropout for name in names if name.dropout is not None), None)
+        controls = {id(name.dropout): name.dropout for name in names if name.dropout is not None}
+        self.dropouts = list(controls.values())
         self.convolutions = [module for name in names for module in name.convolutions]
         self.norms = [norm for name in names for norm in name.norms]
 
@@ -158,6 +159,8 @@ def run(
     if whole_cell(backend, dtype) is None or not all(_is_plain(cell, cls) for cell in cells):
         return None
     modules = _modules(cells)
+    if len(modules.dropouts) > 1:
+        return None
     weights: list[Any] = [module._parameters.get("weight") for module in modules.convolutions]
     if any(weight is None for weight in weights) or not runner.takes(modules.keys, weights):
         return None
@@ -174,9 +177,9 @@ class _Call:
 
     def dropout(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """Rate and state of the skip dropout as they are now."""
-        control = self.modules.dropout
-        if control is None:
+        if not self.modules.dropouts:
             return s.new_zeros(1, dtype=torch.float32), s.new_zeros(2, dtype=torch.int64)
+        (control,) = self.modules.dropouts
         return control.p.clone(), control.state.clone()
 
     def statistics(self) -> tuple[list[Any], list[Any]]:

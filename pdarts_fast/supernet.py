@@ -10,6 +10,8 @@ Source: arXiv 1904.12760, section 3.1; arXiv 1806.09055, section 2.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import add
 from typing import cast
 
 import numpy as np
@@ -31,11 +33,6 @@ SwitchTable = Sequence[Sequence[bool]] | np.ndarray
 
 ALPHA_SCALE = 1e-3
 """Standard deviation of the initial architecture parameters."""
-
-
-def _add_up(terms: list[Tensor]) -> Tensor:
-    """Sum from left to right; unlike plain ``sum``, without adding the first term to 0."""
-    return sum(terms[1:], start=terms[0])
 
 
 class MixedOp(nn.Module):
@@ -73,7 +70,7 @@ class MixedOp(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         """``x`` is ``[N, C, H, W]``, ``weights`` ``[k]``."""
-        return _add_up([weight * op(x) for weight, op in zip(weights, self.m_ops, strict=True)])
+        return reduce(add, [weight * op(x) for weight, op in zip(weights, self.m_ops, strict=True)])
 
 
 class Cell(nn.Module):
@@ -166,7 +163,7 @@ class Cell(nn.Module):
                 self.cell_ops[edge](source, weights[edge])
                 for edge, source in zip(edges, states, strict=True)
             ]
-            states.append(_add_up(terms))
+            states.append(reduce(add, terms))
         return torch.cat(states[-self.multiplier :], dim=1)
 
     def extra_repr(self) -> str:

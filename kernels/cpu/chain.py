@@ -1,7 +1,7 @@
 """All cells of a network in one call of the compiled library; see ``kernels.chain``.
 
-A pass is a table with a row a cell, ``abi.CellTask`` as int64 numbers. What follows from sizes alone is
-kept from step to step; arrays are few, so addresses are filled in for all cells at once.
+A pass is a table with a row a cell, ``abi.CellTask`` as int64 numbers. What follows from sizes
+alone is kept from step to step; addresses are filled in for all cells at once.
 """
 
 from __future__ import annotations
@@ -205,8 +205,8 @@ class Geometry:
         table.set("grad", grads)
         table.set("grad_inputs", [first, first, *grads[:-2]], 0)
         table.set("grad_inputs", [first, *grads[:-1]], 1)
-        # Cells are gone through from the last one: what a cell reads first was read by the one after
-        # it, and the input of the first three times.
+        # From the last cell on: input 1 of a cell is also input 0 of the next one, which has been
+        # there already; the first cell's two inputs are one array.
         table.set("adds", [1, *[0] * (cells - 1)], 0)
         table.set("adds", [*[1] * (cells - 1), 0], 1)
         node_grads, half_grads, state0, state1 = (room.data_ptr() + x for x in self._in_room)
