@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
 from operator import itemgetter
 
 from torch import nn
@@ -15,6 +17,11 @@ _GLOBAL = tuple(f"_global{name}" for name in _NAMES)
 def has_hooks(module: nn.Module) -> bool:
     """Whether torch calls hooks of this module where it is called itself."""
     return any(_READ(module.__dict__))
+
+
+def have_hooks(modules: Iterable[nn.Module]) -> bool:
+    """Whether any of these modules has: in a fraction of the time of asking each."""
+    return any(chain.from_iterable([_READ(module.__dict__) for module in modules]))
 
 
 def hooks_on_all_modules() -> bool:

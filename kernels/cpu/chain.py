@@ -68,7 +68,7 @@ class Geometry:
         self._plans = [plans.from_key(key) for key in keys]
         self._itemsize = dtype.itemsize
         self.outputs: list[tuple[int, ...]] = []
-        self._tables = []
+        self._held: list[object] = []
         tasks = (abi.CellTask * len(keys))()
         moves = (abi.RunningTask * len(keys))()
         blocks, rooms = [], []
@@ -86,21 +86,23 @@ class Geometry:
             table = tables(plan.key, tuple(where.offsets))
             task.calls, task.training = ctypes.addressof(table.struct), 1
             set_sizes(task, node, inputs, states, plan.channels, dtype)
-            self._tables.append(table)
+            self._held.append(table)
             kept = sum(place >= 0 for place in places(plan.key))
             of_node = math.prod(node)
             blocks.append([*map(math.prod, states), kept * of_node, plan.steps * of_node])
             halves = cell_calls.of(plan.key).num_halves
             rooms.append([(plan.steps - 1) * of_node, halves * of_node, *map(math.prod, states)])
             slots, factors = unbiased(plan.key, of_node // plan.channels, math.prod(last[:3]))
-            self._tables.append((slots, factors))
+            self._held.append((slots, factors))
             move.norms, move.channels, move.padded = len(plan.norms), plan.channels, plan.channels
             move.slots, move.unbiased = slots.ctypes.data, factors.ctypes.data
             move.momentum = moments.MOMENTUM
             before, last = last, (*node[:3], plan.steps * plan.channels)
             self.outputs.append(last)
-        self._tasks = np.frombuffer(tasks, dtype=np.int64).reshape(len(keys), -1).copy()
-        self._moves = np.frombuffer(moves, dtype=np.int64).reshape(len(keys), -1).copy()
+        self._tasks, self._moves = (
+            np.frombuffer(bytes(structs), dtype=np.int64).reshape(len(keys), -1)
+            for structs in (tasks, moves)
+        )
         # The last output is a tensor of its own.
         blocks[-1].pop()
         self.blocks = [places_in_room(counts)[1] for counts in blocks]

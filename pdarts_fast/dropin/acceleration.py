@@ -145,7 +145,7 @@ def _obstacle(cell: nn.Module, holder: _Holder, args: tuple[Any, ...]) -> str | 
         return "its inputs are no images"
     if s1.dtype == torch.float64:
         return "kernels have float32 and bfloat16, it got float64"
-    weights = [module.weight for module in holder.modules.convolutions] if holder.modules else []
+    weights = holder.modules.weights() if holder.modules else []
     if any(w.dtype != torch.float32 or w.device != s1.device for w in weights):
         return "its parameters are not float32 on the device of its input"
     if holder.backend(s1.device) == backends.REFERENCE:

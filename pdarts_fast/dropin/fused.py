@@ -61,11 +61,6 @@ class _Call:
         parts = list(tensors)
         return parts[:first], parts[first : first + second], parts[first + second :]
 
-    @property
-    def affine(self) -> list[bool]:
-        """Which norms of the plan have a scale and a shift."""
-        return [norm.weight is not None for norm in self.modules.norms]
-
     def arrays(
         self, stored: Stored, weights: Sequence[Tensor] | Tensor, want_gradients: bool
     ) -> Arrays:
@@ -75,10 +70,6 @@ class _Call:
         )
         found.training = self.whole is not None and self.context.training
         return found
-
-    def running(self) -> list[Tensor]:
-        """Running mean and variance of every norm."""
-        return [b for norm in self.modules.norms for b in (norm.running_mean, norm.running_var)]
 
 
 def _allocate(call: _Call, s0: Tensor, s1: Tensor, gains: list[Tensor]) -> Stored:
@@ -101,7 +92,7 @@ def _allocate(call: _Call, s0: Tensor, s1: Tensor, gains: list[Tensor]) -> Store
     norms = (
         arrays.batch_norms(plan, channels, s1.device)
         if call.context.training
-        else arrays.running_norms(plan, call.running(), channels)
+        else arrays.running_norms(plan, call.modules.statistics()[0], channels)
     )
     return Stored(
         inputs,
@@ -110,14 +101,14 @@ def _allocate(call: _Call, s0: Tensor, s1: Tensor, gains: list[Tensor]) -> Store
         empty(batch, *of_nodes, plan.steps * channels),
         empty(plan.num_slots + extra, batch, *of_nodes, channels),
         norms,
-        arrays.gains(plan, call.affine, gains, channels),
+        arrays.gains(plan, call.modules.affine, gains, channels),
     )
 
 
 def _update_running(call: _Call, stored: Stored, stats: Tensor) -> None:
     counts = [stored.nodes[..., 0].numel(), stored.states[1][..., 0].numel()]
-    batches = [norm.num_batches_tracked for norm in call.modules.norms]
-    move_statistics(call.plan, call.running(), batches, stats, counts, call.whole)
+    running, batches = call.modules.statistics()
+    move_statistics(call.plan, running, batches, stats, counts, call.whole)
 
 
 def _forward(call: _Call, stored: Stored, shared: Arrays, alphas: Tensor) -> Tensor:
@@ -230,8 +221,8 @@ class _Backward:
             return grads
         if gains:
             assert driver.grad_gains is not None
-            for rows, norm in zip(driver.grad_gains[:-1], self.call.modules.norms, strict=True):
-                if norm.weight is not None:
+            for rows, has in zip(driver.grad_gains[:-1], self.call.modules.affine, strict=True):
+                if has:
                     grads += [row[: self.call.plan.channels].to(gains[0].dtype) for row in rows]
         return grads + driver.grad_parameters
 
@@ -327,7 +318,7 @@ def run(
     dtype = storage_dtype(s1)
     if backend != backends.REFERENCE:
         backends.load(backend).register()
-    weights = [module.weight for module in modules.convolutions]
+    weights = modules.weights()
     gains, parameters = modules.gains(), modules.parameters()
     tensors: list[Any] = [*weights, *gains, *parameters]
     rates = {

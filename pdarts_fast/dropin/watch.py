@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
@@ -16,10 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from pdarts_fast.hooks import has_hooks, hooks_on_all_modules
+from pdarts_fast.hooks import has_hooks, have_hooks, hooks_on_all_modules
 
 # What torch keeps in every module.
 _OF_TORCH = frozenset(vars(nn.Module()))
+_CHILDREN = itemgetter("_modules")
 _OF_REPLICAS = ("_is_replica", "_former_parameters")
 _PLAIN = (int, float, bool, str, bytes, type(None))
 _CODE = (type, types.FunctionType, types.BuiltinFunctionType)
@@ -95,34 +95,14 @@ def _rate_of(dropouts: Iterable[nn.Dropout]) -> float | None:
     return rates.pop() if len(rates) == 1 else None
 
 
-@dataclass
-class _Watched:
-    """One module as it was: identities, and data that can change without being assigned.
-
-    Attributes:
-        read: Gets attributes from a module's ``__dict__``, as a tuple; None for none.
-        values: What it got.
-        data: (name, frozen) of what is compared by value.
-        size: Number of attributes.
-    """
-
-    module: nn.Module
-    cls: type
-    forward: Callable[..., Any]
-    children: list[Any]
-    shapes: list[Any]
-    read: Callable[[dict[str, Any]], Any] | None
-    values: Any
-    data: list[tuple[str, Any]]
-    size: int
-
-
-def _shapes(module: nn.Module) -> list[Any]:
-    return [p.shape for p in parameters_of(module).values() if p is not None]
+def _shapes(parameters: Iterable[torch.Tensor | None]) -> list[Any]:
+    return [None if p is None else p.shape for p in parameters]
 
 
 class Watch:
     """The state in which a cell was recognised.
+
+    All modules are compared at once, one kind of attribute after the other.
 
     Args:
         cell: The cell.
@@ -142,42 +122,52 @@ class Watch:
     ) -> None:
         left_alone = {child for module in custom for child in module.modules()}
         self._cell, self._ignored, self._dropouts = cell, ignored, dropouts
-        modules = [module for module in cell.modules() if module not in left_alone]
-        self._entries = [self._entry(m, own_class if m is cell else type(m)) for m in modules]
-        self._norms = [module for module in modules if isinstance(module, nn.BatchNorm2d)]
+        # The cell is the first one; what it is called by may change.
+        self._modules = [module for module in cell.modules() if module not in left_alone]
+        self._inner = self._modules[1:]
+        self._norms = [module for module in self._modules if isinstance(module, nn.BatchNorm2d)]
+        self._types = list(map(type, self._inner))
+        classes: dict[Any, None] = dict.fromkeys([own_class, *self._types])
+        self._forwards = [(cls, cls.forward) for cls in classes]
+        # By the names that are compared: how to read them, the modules, and what was read.
+        self._groups: dict[tuple[str, ...], tuple[Callable[..., Any], list[int], list[Any]]] = {}
+        self._data: list[tuple[nn.Module, str, Any]] = []
+        for place, module in enumerate(self._modules):
+            self._remember(place, module, own_class if module is cell else type(module))
+        self._sizes = [len(vars(module)) for module in self._modules]
+        self._children = [dict(module._modules) for module in self._modules]
+        self._shapes = _shapes(self._parameters())
 
-    def _entry(self, module: nn.Module, cls: type) -> _Watched:
+    def _remember(self, place: int, module: nn.Module, cls: type) -> None:
+        """Notes the attributes of a module: objects, and data that may change unassigned."""
         state = vars(module)
         found = _attributes(module, self._ignored, _rate_of(self._dropouts))
         # Torch's own layers are not expected to have their lists and dicts written to.
         open_to_change = not cls.__module__.startswith("torch.")
-        data = [
-            (name, frozen)
+        data = {
+            name: frozen
             for name, frozen in found.items()
             if frozen is _RATE or (open_to_change and isinstance(state[name], _MUTABLE))
-        ]
-        others = [name for name in found if name not in dict(data)]
-        read = itemgetter(*others) if others else None
-        return _Watched(
-            module,
-            cls,
-            cls.forward,  # type: ignore[attr-defined]
-            list(module._modules.values()),
-            _shapes(module),
-            read,
-            read(state) if read else None,
-            data,
-            len(state),
-        )
+        }
+        self._data += [(module, name, frozen) for name, frozen in data.items()]
+        names = tuple(name for name in found if name not in data)
+        if not names:
+            return
+        read, places, values = self._groups.setdefault(names, (itemgetter(*names), [], []))
+        places.append(place)
+        values.append(read(state))
+
+    def _parameters(self) -> list[torch.Tensor | None]:
+        return [p for module in self._modules for p in parameters_of(module).values()]
 
     def hook(self) -> str | None:
         """Which module has a hook that a fused cell would not call."""
         if hooks_on_all_modules():
             return "hooks on all modules are registered"
-        for entry in self._entries:
-            if has_hooks(entry.module) and entry.module is not self._cell:
-                return f"a hook is registered on a {entry.cls.__name__} in it"
-        return None
+        if not have_hooks(self._inner):
+            return None
+        name = next(type(module).__name__ for module in self._inner if has_hooks(module))
+        return f"a hook is registered on a {name} in it"
 
     def mode(self) -> str | None:
         """Whether a BatchNorm is in another mode (training, evaluation) than the cell."""
@@ -187,40 +177,33 @@ class Watch:
                 return "a BatchNorm in it is not in the mode of the cell"
         return None
 
-    def changed(self) -> str | None:
-        """What is no longer as it was recognised."""
-        for entry in self._entries:
-            module, cls = entry.module, entry.cls
-            state = module.__dict__
-            children = state["_modules"]
-            if (children or entry.children) and list(children.values()) != entry.children:
-                return f"children of a {cls.__name__} were replaced"
-            if type(module) is not cls and module is not self._cell:
-                return f"a {cls.__name__} became a {type(module).__name__}"
-            if cls.forward is not entry.forward:  # type: ignore[attr-defined]
-                return f"forward of {cls.__name__} was replaced"
-            if len(state) != entry.size or not self._as_read(entry, state):
-                return f"attributes of a {cls.__name__} changed"
-            if entry.shapes and _shapes(module) != entry.shapes:
-                return f"parameters of a {cls.__name__} changed their shape"
-            if entry.data and self._data_changed(entry):
-                return f"attributes of a {cls.__name__} changed"
-        return None
+    def changed(self) -> bool:
+        """Whether anything is no longer as it was recognised."""
+        states = [module.__dict__ for module in self._modules]
+        return (
+            list(map(_CHILDREN, states)) != self._children
+            or list(map(type, self._inner)) != self._types
+            or any(cls.forward is not forward for cls, forward in self._forwards)
+            or list(map(len, states)) != self._sizes
+            or not self._attributes_are_as_read(states)
+            or _shapes(self._parameters()) != self._shapes
+            or self._data_changed()
+        )
 
-    def _as_read(self, entry: _Watched, state: dict[str, Any]) -> bool:
-        if entry.read is None:
-            return True
+    def _attributes_are_as_read(self, states: list[dict[str, Any]]) -> bool:
         try:
-            return bool(entry.read(state) == entry.values)
+            return all(
+                [read(states[place]) for place in places] == values
+                for read, places, values in self._groups.values()
+            )
         except (KeyError, ValueError, RuntimeError):
             # A name is gone, or an array cannot be compared.
             return False
 
-    def _data_changed(self, entry: _Watched) -> bool:
+    def _data_changed(self) -> bool:
         rate = _rate_of(self._dropouts)
-        state = vars(entry.module)
-        for name, frozen in entry.data:
-            value = state.get(name)
+        for module, name, frozen in self._data:
+            value = vars(module).get(name)
             if frozen is _RATE:
                 if value != rate:
                     return True
@@ -254,5 +237,6 @@ def signature(
             return None
         buffers = tuple([None if b is None else b.shape for b in module._buffers.values()])
         forward = cls.forward  # type: ignore[attr-defined]
-        parts.append((path, cls, forward, attributes, tuple(_shapes(module)), buffers))
+        shapes = tuple(_shapes(p for p in parameters_of(module).values() if p is not None))
+        parts.append((path, cls, forward, attributes, shapes, buffers))
     return tuple(parts)
