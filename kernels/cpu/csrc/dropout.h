@@ -7,26 +7,81 @@
 namespace pdarts {
 namespace PDARTS_VARIANT {
 
-typedef uint64_t Wide __attribute__((vector_size(V * 8)));
+#if defined(__AVX512F__) && PDARTS_WIDTH == 16
+#define PDARTS_VECTORS_OF(type) __m512##type
+#define PDARTS_OP(name) _mm512_##name
+// Lanes of odd numbers from the second.
+PDARTS_INLINE __m512i odd_lanes_from(__m512i even, __m512i odd) {
+  return _mm512_mask_blend_epi32(0xAAAA, even, odd);
+}
+#elif defined(__AVX2__) && PDARTS_WIDTH == 8
+#define PDARTS_VECTORS_OF(type) __m256##type
+#define PDARTS_OP(name) _mm256_##name
+PDARTS_INLINE __m256i odd_lanes_from(__m256i even, __m256i odd) {
+  return _mm256_blend_epi32(even, odd, 0xAA);
+}
+#endif
+
+#ifdef PDARTS_OP
+typedef PDARTS_VECTORS_OF(i) Words;
 
 // Both 32-bit halves of multiplier * word.
-PDARTS_INLINE void multiply(uint64_t multiplier, Bits word, Bits& high, Bits& low) {
-  const Wide product = __builtin_convertvector(word, Wide) * multiplier;
+PDARTS_INLINE void multiply(uint32_t multiplier, Bits word, Bits& high, Bits& low) {
+  const Words by = (Words)(Bits{} + multiplier);
+  const Words even = PDARTS_OP(mul_epu32)((Words)word, by);
+  const Words odd = PDARTS_OP(mul_epu32)(PDARTS_OP(srli_epi64)((Words)word, 32), by);
+  high = (Bits)odd_lanes_from(PDARTS_OP(srli_epi64)(even, 32), odd);
+  low = (Bits)odd_lanes_from(even, PDARTS_OP(slli_epi64)(odd, 32));
+}
+
+// Word l of the block in lane i is v[l][i]; puts them in the order of `block_in_lane`.
+PDARTS_INLINE void put_in_order(Vec v[4]) {
+  typedef PDARTS_VECTORS_OF(d) Pairs;
+  typedef PDARTS_VECTORS_OF() Floats;
+  const Pairs a = (Pairs)PDARTS_OP(unpacklo_ps)((Floats)v[0], (Floats)v[1]);
+  const Pairs b = (Pairs)PDARTS_OP(unpackhi_ps)((Floats)v[0], (Floats)v[1]);
+  const Pairs c = (Pairs)PDARTS_OP(unpacklo_ps)((Floats)v[2], (Floats)v[3]);
+  const Pairs d = (Pairs)PDARTS_OP(unpackhi_ps)((Floats)v[2], (Floats)v[3]);
+  v[0] = (Vec)PDARTS_OP(unpacklo_pd)(a, c);
+  v[1] = (Vec)PDARTS_OP(unpackhi_pd)(a, c);
+  v[2] = (Vec)PDARTS_OP(unpacklo_pd)(b, d);
+  v[3] = (Vec)PDARTS_OP(unpackhi_pd)(b, d);
+}
+#undef PDARTS_VECTORS_OF
+#undef PDARTS_OP
+#else
+PDARTS_INLINE void multiply(uint32_t multiplier, Bits word, Bits& high, Bits& low) {
+  typedef uint64_t Wide __attribute__((vector_size(V * 8)));
+  const Wide product = __builtin_convertvector(word, Wide) * static_cast<uint64_t>(multiplier);
   high = __builtin_convertvector(product >> 32, Bits);
   low = __builtin_convertvector(product, Bits);
 }
 
-// Blocks first .. first + V - 1 of a stream: words[4][V].
-PDARTS_INLINE void philox(const int64_t* state, uint32_t stream, uint64_t first,
-                          uint32_t words[4][V]) {
-  Bits c0, c1;
-  for (int i = 0; i < V; ++i) {
-    c0[i] = static_cast<uint32_t>(first + i);
-    c1[i] = static_cast<uint32_t>((first + i) >> 32);
-  }
+PDARTS_INLINE void put_in_order(Vec v[4]) {
+  Vec ordered[4];
+  for (int i = 0; i < V; ++i)
+    for (int word = 0; word < 4; ++word) ordered[i % 4][i / 4 * 4 + word] = v[word][i];
+  for (int i = 0; i < 4; ++i) v[i] = ordered[i];
+}
+#endif
+
+// Which of V blocks is computed in lane i: then words come into order without leaving the 128 bits in
+// which they are.
+constexpr uint32_t block_in_lane(int i) { return static_cast<uint32_t>(V / 4 * (i % 4) + i / 4); }
+
+// Blocks first .. first + V - 1 of a stream: word l of the block of lane i is words[l][i].
+PDARTS_INLINE void philox(const int64_t* state, uint32_t stream, uint64_t first, Bits words[4]) {
+  Bits offsets;
+  PDARTS_UNROLL
+  for (int i = 0; i < V; ++i) offsets[i] = block_in_lane(i);
+  const uint32_t low_first = static_cast<uint32_t>(first);
+  Bits c0 = offsets + low_first;
+  // A comparison that holds is -1.
+  Bits c1 = static_cast<uint32_t>(first >> 32) - (Bits)(c0 < low_first);
   Bits c2 = Bits{} + stream, c3 = Bits{} + static_cast<uint32_t>(state[1]);
   uint32_t k0 = static_cast<uint32_t>(state[0]);
   uint32_t k1 = static_cast<uint32_t>(static_cast<uint64_t>(state[0]) >> 32);
+  PDARTS_UNROLL
   for (int round = 0; round < 10; ++round) {
     Bits high0, low0, high1, low1;
     multiply(0xD2511F53u, c0, high0, low0);
@@ -38,8 +93,10 @@ PDARTS_INLINE void philox(const int64_t* state, uint32_t stream, uint64_t first,
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  const Bits all[4] = {c0, c1, c2, c3};
-  std::memcpy(words, all, sizeof all);
+  words[0] = c0;
+  words[1] = c1;
+  words[2] = c2;
+  words[3] = c3;
 }
 
 typedef uint8_t Bytes __attribute__((vector_size(V)));
@@ -65,19 +122,23 @@ PDARTS_INLINE int64_t dropout_floats(int64_t count) { return count + 8 * V; }
 
 // Factors 0 or 1 / (1 - p) of elements first .. first + count - 1, in NHWC order. Returns where
 // they begin in `buffer`.
-PDARTS_INLINE const float* dropout_factors(const Task& t, const Branch& b, int64_t first,
+PDARTS_SHARED const float* dropout_factors(const Task& t, const Branch& b, int64_t first,
                                            int64_t count, float* buffer) {
-  const float p = *t.dropout_rate, kept = 1.0f / (1.0f - p);
+  const Vec p = broadcast(*t.dropout_rate), kept = broadcast(1.0f / (1.0f - *t.dropout_rate));
   const uint64_t begin = static_cast<uint64_t>(first) / 4;
   const int64_t skip = first % 4;
   for (int64_t done = 0; done < skip + count; done += 4 * V) {
-    uint32_t words[4][V];
+    Bits words[4];
+    Vec factors[4];
     philox(t.dropout_state, static_cast<uint32_t>(b.stream), begin + done / 4, words);
-    for (int i = 0; i < V; ++i)
-      for (int lane = 0; lane < 4; ++lane) {
-        const float u = static_cast<float>(words[lane][i] >> 8) * 0x1p-24f;
-        buffer[done + i * 4 + lane] = u >= p ? kept : 0.0f;
-      }
+    PDARTS_UNROLL
+    for (int l = 0; l < 4; ++l) {
+      const Vec u = __builtin_convertvector((Integers)(words[l] >> 8), Vec) * 0x1p-24f;
+      factors[l] = u >= p ? kept : Vec{};
+    }
+    put_in_order(factors);
+    PDARTS_UNROLL
+    for (int i = 0; i < 4; ++i) store(buffer + done + i * V, factors[i]);
   }
   return buffer + skip;
 }
