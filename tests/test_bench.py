@@ -95,3 +95,15 @@ def test_a_cell_is_measured_on_any_device() -> None:
     assert moved == pytest.approx(bench.bytes())
     # Inputs alone, read by the forward and the backward pass.
     assert moved > 4 * bench.s1.numel() * 2
+
+
+def test_stages_have_the_skip_dropout_of_the_method() -> None:
+    """The published graph has torch's dropout wherever ours has its own."""
+    made = rivals.make(2, 2, backends.REFERENCE)
+    fused, published = made[backends.REFERENCE].network, made[rivals.PUBLISHED].network
+    own = {n for n, m in fused.named_modules() if type(m).__name__ == "SkipDropout"}
+    theirs = {n: m.p for n, m in published.named_modules() if isinstance(m, nn.Dropout)}
+    assert set(theirs) == own != set()
+    assert fused.skip_dropout.p.item() == pytest.approx(0.4)
+    assert set(theirs.values()) == {0.4}
+    assert not rivals.make(1, 2, backends.REFERENCE)[backends.REFERENCE].network.has_skip_dropout

@@ -37,7 +37,7 @@ def errors(stage: int, batch: int, backend: str) -> dict[str, dict[str, float]]:
         By rival: ``logits``, ``loss``, ``input gradient`` (median image), ``weight gradients`` and
         ``alpha gradients`` (worst tensor of each kind).
     """
-    made = rivals.make(stage, batch, backend)
+    made = rivals.make(stage, batch, backend, same_masks=True)
     exact = copy.deepcopy(made[rivals.PUBLISHED].network).double()
     images, labels = made[rivals.PUBLISHED].images, made[rivals.PUBLISHED].labels
     want = _values(exact, images.double(), labels)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pdarts_fast.config import SearchConfig
+from pdarts_fast.skip_dropout import SkipDropout
 from pdarts_fast.step import SearchStep
 from pdarts_fast.supernet import Network
 
@@ -30,8 +31,15 @@ def switch_tables(stage: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return tables[0], tables[1]
 
 
-def network(stage: int, backend: str, channels: int = 16) -> Network:
-    """The supernet of a CIFAR-10 stage, always with the same weights."""
+def network(stage: int, backend: str, channels: int = 16, *, dropout: bool = False) -> Network:
+    """The supernet of a CIFAR-10 stage, always with the same weights.
+
+    Args:
+        stage: 1 to 3.
+        backend: What runs its cells.
+        channels: C of the first cell.
+        dropout: With the skip dropout that the stage begins with.
+    """
     torch.manual_seed(0)
     np.random.seed(0)
     normal, reduce = switch_tables(stage)
@@ -42,8 +50,18 @@ def network(stage: int, backend: str, channels: int = 16) -> Network:
         F.cross_entropy,
         switches_normal=normal,
         switches_reduce=reduce,
+        p=SearchConfig().skip_dropout[stage - 1] if dropout else 0.0,
         backend=backend,
     )
+
+
+def with_torch_dropout(network: Network) -> Network:
+    """The same network with torch's dropout behind its skips, as the published graph has it."""
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, SkipDropout):
+                setattr(module, name, nn.Dropout(network.p))
+    return network
 
 
 @dataclass
@@ -76,19 +94,31 @@ class Rival:
         self.loss().backward()
 
 
-def make(stage: int, batch: int, backend: str, *, published: bool = True) -> dict[str, Rival]:
-    """The rivals of a stage by name, on CIFAR-sized noise, with the published graph or without."""
+def make(
+    stage: int, batch: int, backend: str, *, published: bool = True, same_masks: bool = False
+) -> dict[str, Rival]:
+    """The rivals of a stage by name, on CIFAR-sized noise.
+
+    Args:
+        stage: 1 to 3.
+        batch: Images.
+        backend: The fused one.
+        published: With the published graph.
+        same_masks: The published graph gets this program's skip dropout, so that results compare.
+    """
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, 32, 32, generator=generator)
     labels = torch.arange(batch) % 10
     last = images.to(memory_format=torch.channels_last)
     rivals: dict[str, Rival] = {}
     if published:
-        plain = network(stage, "reference")
+        plain = network(stage, "reference", dropout=True)
+        if not same_masks:
+            plain = with_torch_dropout(plain)
         channels_last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
         rivals[PUBLISHED] = Rival(plain, images, labels)
         rivals[PUBLISHED_LAST] = Rival(channels_last, last, labels)
-    fused = network(stage, backend)
+    fused = network(stage, backend, dropout=True)
     rivals[backend] = Rival(fused, last, labels)
     rivals[f"{backend} amp"] = Rival(copy.deepcopy(fused), last, labels, amp=True)
     return rivals
