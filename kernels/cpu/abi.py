@@ -36,6 +36,7 @@ class Branch(ctypes.Structure):
         ("grad_depthwise", _POINTER),
         ("grad_pointwise", _POINTER),
         ("mask", _POINTER),
+        ("kept", _POINTER),
     )
 
 
@@ -129,6 +130,7 @@ class CellTask(ctypes.Structure):
                 "dropout_state",
                 "masks",
                 "mask_factors",
+                "kept",
                 "grad",
                 "node_grads",
                 "half_grads",
@@ -189,6 +191,7 @@ ITEM = np.dtype(
             "norm",
             "input_norm",
             "mask",
+            "kept",
         )
     ]
 )

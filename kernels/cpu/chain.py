@@ -25,7 +25,16 @@ from ..weights import layout
 from . import abi
 from .library import Library
 from .memory import pool
-from .tables import addresses_of, are_plain, places, places_in_room, set_sizes, tables, unbiased
+from .tables import (
+    addresses_of,
+    are_plain,
+    drops,
+    places,
+    places_in_room,
+    set_sizes,
+    tables,
+    unbiased,
+)
 
 # Gradients of outputs that are in use at a time: that of a cell and of both of its inputs.
 _LIVE = 3
@@ -87,9 +96,11 @@ class Geometry:
             task.calls, task.training = ctypes.addressof(table.struct), 1
             set_sizes(task, node, inputs, states, plan.channels, dtype)
             self._held.append(table)
-            kept = sum(place >= 0 for place in places(plan.key))
+            stored = sum(place >= 0 for place in places(plan.key))
             of_node = math.prod(node)
-            blocks.append([*map(math.prod, states), kept * of_node, plan.steps * of_node])
+            bits = len(drops(plan)) * of_node
+            counts = [stored * of_node, -(-bits // (8 * dtype.itemsize)), plan.steps * of_node]
+            blocks.append([*map(math.prod, states), *counts])
             halves = cell_calls.of(plan.key).num_halves
             rooms.append([(plan.steps - 1) * of_node, halves * of_node, *map(math.prod, states)])
             slots, factors = unbiased(plan.key, of_node // plan.channels, math.prod(last[:3]))
@@ -118,6 +129,8 @@ class Geometry:
         self.weights, first = self._doubles(totals)
         self._first_grad = first // 2  # float32
         self.alphas = self._plans[0].num_edges * self._plans[0].num_ops
+        # A byte of bits belongs to one pixel.
+        self._has_bits = np.array([plan.channels % 8 == 0 for plan in self._plans])
         self._reduction = np.array([plan.reduction for plan in self._plans])
 
     def _bytes(self, begins: list[list[int]]) -> list[np.ndarray]:
@@ -142,7 +155,7 @@ class Geometry:
         """
         table = _Table(abi.CellTask, self._tasks.copy())
         blocks = addresses_of(kept.blocks)
-        states0, states1, y, in_block = self._in_block
+        states0, states1, y, bits, in_block = self._in_block
         nodes = blocks + in_block
         nodes[-1] = kept.out.data_ptr()
         first = kept.rows.data_ptr()
@@ -151,6 +164,7 @@ class Geometry:
         table.set("states", blocks + states0, 0)
         table.set("states", blocks + states1, 1)
         table.set("y", blocks + y)
+        table.set("kept", np.where(self._has_bits, blocks + bits, 0))
         table.set("nodes", nodes)
         table.set("norms", kept.norms.data_ptr() + self._first_norm)
         normal, reduction = (x.data_ptr() for x in alphas)

@@ -54,6 +54,12 @@ def places_in_room(counts: Sequence[int]) -> tuple[list[int], int]:
     return begins[:-1], begins[-1]
 
 
+def drops(plan: Plan) -> dict[int, int]:
+    """Number of the skip of every edge whose dropout is a stream; all have stride 1."""
+    edges = [b.edge for b in plan.branches if b.kind == plans.SKIP and plan.stream(b) >= 0]
+    return {edge: number for number, edge in enumerate(edges)}
+
+
 class Tables:
     """A plan's calls as C structs; holds the memory that they point to.
 
@@ -65,6 +71,7 @@ class Tables:
         calls = cell_calls.of_plan(plan)
         self._offsets = [*offsets, -1]
         self._places = [*places(plan.key or plan), -1]
+        self._drops = drops(plan)
         self._kept: list[object] = []
         self.struct = abi.CellCalls(
             steps=plan.steps,
@@ -103,6 +110,9 @@ class Tables:
         table["pointwise_weight"] = [item.pointwise for item in call.items]
         table["place"] = [self._places[item.slot] for item in call.items]
         table["input_place"] = [self._places[item.input] for item in call.items]
+        table["kept"] = [
+            self._drops.get(item.edge, -1) if item.kind == plans.SKIP else -1 for item in call.items
+        ]
         table["alpha"] = [item.edge * call.num_ops + item.op for item in call.items]
         return table
 

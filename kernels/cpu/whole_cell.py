@@ -52,7 +52,7 @@ class CompiledCell:
             task.states[which] = saved.states[which].data_ptr()
         task.nodes, task.y = saved.nodes.data_ptr(), slots.data_ptr()
         task.norms, task.alphas = saved.norms.data_ptr(), alphas.data_ptr()
-        task.weights, task.kept = weights.ctypes.data, weights
+        task.weights, task.alive = weights.ctypes.data, weights
         task.dropout_rate = arrays.rate.data_ptr()
         task.dropout_state = arrays.state.data_ptr()
         if arrays.masks is not None:

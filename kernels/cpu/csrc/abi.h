@@ -45,6 +45,8 @@ struct Branch {
   float* grad_depthwise;         // [C, kernel, kernel], written; null if nobody asks
   float* grad_pointwise;         // like pointwise, written; null if nobody asks
   const uint8_t* mask;           // [M, C] of a skip: 1 where its dropout keeps, or null
+  uint8_t* kept;                 // [M, C] bits of a skip with a stream: what its dropout keeps, written
+                                 // by mix and read by the others; null if all find out themselves
 };
 
 struct Task {
@@ -78,6 +80,7 @@ struct Item {
   int64_t alpha;                 // place in the table of alphas
   int64_t norm, input_norm;      // rows of the normalisations in evaluation
   int64_t mask;                  // number of a skip's mask if masks are given, -1 for none
+  int64_t kept;                  // number of a skip with a dropout stream, -1 for none
 };
 
 struct Call {
@@ -110,6 +113,7 @@ struct CellTask {
   const int64_t* dropout_state;
   const uint8_t* masks;          // [masks, M, C]: 1 where a skip's dropout keeps, or null
   const double* mask_factors;    // [masks]: what is kept is multiplied by
+  uint8_t* kept;                 // [skips with a stream, M, C] bits; or null, or C is no multiple of 8
   // Backward:
   const void* grad;              // storage [M, steps * C]
   void* node_grads;              // storage [steps - 1, M, C], room

@@ -112,6 +112,7 @@ class CellPass {
         b.input_height = item.source < 2 ? cell_.state_height[item.source] : cell_.height;
         b.input_width = item.source < 2 ? cell_.state_width[item.source] : cell_.width;
         if (cell_.masks && item.mask >= 0) b.mask = cell_.masks + item.mask * pixels() * channels_;
+        if (cell_.kept && item.kept >= 0) b.kept = cell_.kept + item.kept * pixels() * channels_ / 8;
       } else if (item.input_place >= 0) {
         b.input = stored(item.input_place);
         b.input_stride = channels_;

@@ -120,11 +120,43 @@ PDARTS_INLINE Vec load_mask(const uint8_t* p) {
 // Room that dropout_factors needs for `count` elements.
 PDARTS_INLINE int64_t dropout_floats(int64_t count) { return count + 8 * V; }
 
+// One bit for each of V factors that is not 0.
+PDARTS_INLINE uint64_t bits_of(Vec factors) {
+#if defined(__AVX512F__) && PDARTS_WIDTH == 16
+  return _mm512_cmp_ps_mask(factors, Vec{}, _CMP_NEQ_UQ);
+#elif defined(__AVX2__) && PDARTS_WIDTH == 8
+  return static_cast<uint64_t>(_mm256_movemask_ps(_mm256_cmp_ps(factors, Vec{}, _CMP_NEQ_UQ)));
+#else
+  uint64_t bits = 0;
+  for (int i = 0; i < V; ++i) bits |= static_cast<uint64_t>(factors[i] != 0.0f) << i;
+  return bits;
+#endif
+}
+
+// V factors again, from bit `element` on; `kept` is that of a bit of 1. In registers, or compilers would
+// multiply in another order than with factors from memory.
+PDARTS_INLINE Vec load_kept(const uint8_t* bits, int64_t element, Vec kept) {
+  uint32_t word = 0;
+  std::memcpy(&word, bits + element / 8, V < 8 ? 1 : V / 8);
+  if (V < 8) word >>= element % 8;
+#if defined(__AVX512F__) && PDARTS_WIDTH == 16
+  return in_register((Vec)_mm512_maskz_mov_ps(static_cast<__mmask16>(word), kept));
+#else
+  Bits of_lane;
+  PDARTS_UNROLL
+  for (int i = 0; i < V; ++i) of_lane[i] = 1u << i;
+  return in_register((word & of_lane) != Bits{} ? kept : Vec{});
+#endif
+}
+
+PDARTS_INLINE Vec kept_factor(const Task& t) { return broadcast(1.0f / (1.0f - *t.dropout_rate)); }
+
 // Factors 0 or 1 / (1 - p) of elements first .. first + count - 1, in NHWC order. Returns where
-// they begin in `buffer`.
+// they begin in `buffer`. Writes `bits` unless it is null: first and count are then multiples of 8.
 PDARTS_SHARED const float* dropout_factors(const Task& t, const Branch& b, int64_t first,
-                                           int64_t count, float* buffer) {
-  const Vec p = broadcast(*t.dropout_rate), kept = broadcast(1.0f / (1.0f - *t.dropout_rate));
+                                           int64_t count, float* buffer,
+                                           uint8_t* bits = nullptr) {
+  const Vec p = broadcast(*t.dropout_rate), kept = kept_factor(t);
   const uint64_t begin = static_cast<uint64_t>(first) / 4;
   const int64_t skip = first % 4;
   for (int64_t done = 0; done < skip + count; done += 4 * V) {
@@ -139,6 +171,13 @@ PDARTS_SHARED const float* dropout_factors(const Task& t, const Branch& b, int64
     put_in_order(factors);
     PDARTS_UNROLL
     for (int i = 0; i < 4; ++i) store(buffer + done + i * V, factors[i]);
+    if (!bits) continue;
+    uint64_t all = 0;
+    PDARTS_UNROLL
+    for (int i = 0; i < 4; ++i) all |= bits_of(factors[i]) << (i * V);
+    // Elements behind the last one may be another thread's.
+    const int64_t size = (count - done) / 8;
+    std::memcpy(bits + done / 8, &all, static_cast<size_t>(size < V / 2 ? size : V / 2));
   }
   return buffer + skip;
 }

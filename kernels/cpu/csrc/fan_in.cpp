@@ -250,24 +250,40 @@ void pools_backward(const Task& t, int64_t kind, int64_t n, const T* image, cons
   if (b) pool_backward(t, *b, image, y, w.pooled, w.a, w.raw);
 }
 
+// Adds scale * grad * factor(pixel, channel) of a skip to w.raw.
+template <class T, class Factor>
+PDARTS_INLINE void add_skip(const Task& t, const Branch& b, int64_t n, const Work& w,
+                            Factor factor) {
+  const int64_t pixels = t.out_height * t.out_width, channels = t.channels;
+  const T* g = static_cast<const T*>(b.grad) + n * pixels * b.grad_stride;
+  for (int64_t p = 0; p < pixels; ++p)
+    for (int64_t c = 0; c < channels; c += V) {
+      float* o = w.raw + p * channels + c;
+      const Vec grad = load(b.scale + c) * load(g + p * b.grad_stride + c);
+      store(o, load(o) + grad * factor(p, c));
+    }
+}
+
 // Adds scale * dropout(grad) of a skip to w.raw.
 template <class T>
 void skip_backward(const Task& t, const Branch& b, int64_t n, const Work& w) {
   const int64_t pixels = t.out_height * t.out_width, channels = t.channels;
-  const int64_t real = t.real_channels;
-  const T* g = static_cast<const T*>(b.grad) + n * pixels * b.grad_stride;
-  const float* keep = b.stream < 0
-                          ? nullptr
-                          : dropout_factors(t, b, n * pixels * real, pixels * real, w.factors);
-  const uint8_t* drawn = b.mask ? b.mask + n * pixels * channels : nullptr;
-  for (int64_t p = 0; p < pixels; ++p)
-    for (int64_t c = 0; c < channels; c += V) {
-      Vec v = load(b.scale + c) * load(g + p * b.grad_stride + c);
-      if (keep) v *= load(keep + p * real + c);
-      if (drawn) v *= load_mask(drawn + p * channels + c);
-      float* o = w.raw + p * channels + c;
-      store(o, load(o) + v);
-    }
+  const int64_t real = t.real_channels, first = n * pixels;
+  if (b.mask) {
+    const uint8_t* drawn = b.mask + first * channels;
+    add_skip<T>(t, b, n, w,
+                [&](int64_t p, int64_t c) { return load_mask(drawn + p * channels + c); });
+  } else if (b.kept) {
+    const Vec kept = kept_factor(t);
+    add_skip<T>(t, b, n, w, [&](int64_t p, int64_t c) {
+      return load_kept(b.kept, (first + p) * channels + c, kept);
+    });
+  } else if (b.stream >= 0) {
+    const float* keep = dropout_factors(t, b, first * real, pixels * real, w.factors);
+    add_skip<T>(t, b, n, w, [&](int64_t p, int64_t c) { return load(keep + p * real + c); });
+  } else {
+    add_skip<T>(t, b, n, w, [&](int64_t, int64_t) { return broadcast(1.0f); });
+  }
 }
 
 // out = incoming + raw + (x > 0) * dx of image n.

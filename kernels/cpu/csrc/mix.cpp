@@ -58,7 +58,8 @@ void add_branch(const Task& t, const Branch& b, int64_t n, int64_t begin, int64_
   }
   if (b.kind == kSkip && b.stream >= 0) {
     const int64_t real = t.real_channels;
-    const float* keep = dropout_factors(t, b, first * real, pixels * real, factors);
+    uint8_t* bits = b.kept ? b.kept + first * channels / 8 : nullptr;
+    const float* keep = dropout_factors(t, b, first * real, pixels * real, factors, bits);
     for (int64_t p = 0; p < pixels; ++p)
       for (int64_t c = 0; c < channels; c += V) {
         float* o = total + p * channels + c;

@@ -83,6 +83,15 @@ void branch_sums(const Task& t, const Branch& b, const T* g, int64_t n, int64_t 
     });
     return;
   }
+  if (b.kept) {
+    const Vec kept = kept_factor(t);
+    add_sum(pixels, t.channels, total, [&](int64_t p, int64_t c) {
+      ahead.ask(p, c / V);
+      return load(g + p * gs + c) * load_kept(b.kept, (first + p) * t.channels + c, kept) *
+             load(x + p * b.input_stride + c);
+    });
+    return;
+  }
   if (b.stream < 0) {
     add_sum(pixels, t.channels, total, [&](int64_t p, int64_t c) {
       ahead.ask(p, c / V);
