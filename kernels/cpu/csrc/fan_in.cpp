@@ -349,7 +349,7 @@ void run(const Task& t) {
   const Sizes sizes = sizes_of(t);
 #pragma omp parallel num_threads(static_cast<int>(t.threads))
   {
-    [[maybe_unused]] const Tiles tiles;
+    [[maybe_unused]] Tiles tiles;
     const Work work = make_work(t, sizes, local_scratch);
     pack_backward(t, packed);
 #pragma omp for schedule(dynamic, 1)

@@ -183,7 +183,7 @@ void run(const Task& t, bool second) {
   for (int64_t i = 0; i < t.num_branches; ++i) any_conv |= t.branches[i].kind == kConv;
 #pragma omp parallel num_threads(static_cast<int>(t.threads))
   {
-    [[maybe_unused]] const Tiles tiles;
+    [[maybe_unused]] Tiles tiles;
     Scratch& local = local_scratch;
     const int64_t plane_floats = any_conv ? Plane::floats(height, width, padding, blocks) : 0;
     local.reset(Scratch::bytes_for<float>(plane_floats) + Scratch::bytes_for<float>(room_floats) +

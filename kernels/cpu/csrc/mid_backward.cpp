@@ -101,7 +101,7 @@ void run(const Task& t) {
   const int64_t chunk_floats = operand_floats(chunk_pixels(t), channels);
 #pragma omp parallel num_threads(static_cast<int>(t.threads))
   {
-    [[maybe_unused]] const Tiles tiles;
+    [[maybe_unused]] Tiles tiles;
     Scratch& local = local_scratch;
     local.reset(2 * Scratch::bytes_for<float>(plane_floats) +
                 2 * Scratch::bytes_for<float>(chunk_floats) +
