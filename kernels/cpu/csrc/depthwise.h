@@ -9,11 +9,6 @@
 namespace pdarts {
 namespace PDARTS_VARIANT {
 
-template <int N>
-struct Int {
-  static constexpr int value = N;
-};
-
 // Output columns computed together: 8 accumulators, 5 weights and 1 input fit 16 registers. A
 // multiply-add takes four cycles and two begin in each: 8 sums just keep both units busy, 16 do.
 constexpr int kColumns = 8;

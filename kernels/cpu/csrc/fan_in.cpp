@@ -33,6 +33,7 @@ struct Sizes {
   int64_t x, grad, raw, pooled, fresh, dy, a, factors;
   int64_t padding;
   bool conv;
+  bool strided;  // a convolution of stride 2: it does not reach every pixel
   bool lone;  // one convolution that is a single product, and nothing else
 };
 
@@ -40,9 +41,12 @@ Sizes sizes_of(const Task& t) {
   Sizes s{};
   s.padding = widest_padding(t);
   int64_t depth = t.channels;
+  bool others = false;
   for (int64_t i = 0; i < t.num_branches; ++i) {
     const Branch& b = t.branches[i];
     s.conv |= b.kind == kConv;
+    s.strided |= b.kind == kConv && b.stride != 1;
+    others |= b.kind != kConv;
     if (is_recomputed(b)) s.fresh = t.out_height * t.out_width * t.channels;
     if (has_weights(b) && product_depth(t, b) > depth) depth = product_depth(t, b);
   }
@@ -51,8 +55,9 @@ Sizes sizes_of(const Task& t) {
   if (s.conv) s.grad = Plane::floats(t.out_height, t.out_width, s.padding, blocks);
   s.lone = t.num_branches == 1 &&
            (t.branches[0].kind == kPointwise || t.branches[0].kind == kPatches);
-  s.raw = s.lone ? 0 : t.in_height * t.in_width * t.in_channels;
-  s.pooled = s.lone ? 0 : out_pixels * t.channels;
+  others &= !s.lone;
+  s.raw = others ? t.in_height * t.in_width * t.in_channels : 0;
+  s.pooled = others ? out_pixels * t.channels : 0;
   s.dy = operand_floats(chunk_pixels(t), t.channels);
   s.a = max_of(operand_floats(chunk_pixels(t), depth), pool_line_floats(t));
   s.factors = dropout_floats(s.pooled) + t.channels + V;
@@ -85,27 +90,27 @@ Work make_work(const Task& t, const Sizes& s, Scratch& local) {
   return w;
 }
 
-// dx += transposed depthwise convolution of grad.
+// dx = the transposed depthwise convolution of grad, added to what is there unless it is the `first`.
 template <class E>
 PDARTS_SHARED void add_transposed(const Branch& b, const BackwardBranch<E>& packed, int64_t blocks,
-                                  const Plane& grad, const Plane& dx) {
+                                  const Plane& grad, const Plane& dx, bool first) {
   with_kernel(b, [&](auto k, auto d, auto s) {
     if constexpr (s.value == 1)
       depthwise_rows<k.value, d.value, 1>(
           grad, b.padding, packed.flipped, blocks, 0, dx.height, dx.width,
           [&](int64_t row, int64_t column, int64_t block, Vec v) {
             float* o = dx.at(block, row, column);
-            store(o, load(o) + v);
+            store(o, first ? v : load(o) + v);
           });
     else
       depthwise_transposed_2<k.value, d.value>(grad, packed.depthwise, b.padding, blocks, dx);
   });
 }
 
-// Adds a depthwise-pointwise convolution to w.dx.
+// Adds a depthwise-pointwise convolution to w.dx, or begins it.
 template <class T>
 void conv_backward(const Task& t, const Branch& b, const Packed<T>& packed, int64_t group,
-                   int64_t n, const Next& next, const Work& w) {
+                   int64_t n, const Next& next, const Work& w, bool first) {
   const int64_t rows = rows_per_chunk(t), pixels = t.out_height * t.out_width;
   const Ahead* after[2] = {};
   Ahead incoming, skip;
@@ -124,7 +129,7 @@ void conv_backward(const Task& t, const Branch& b, const Packed<T>& packed, int6
     pointwise_backward<T>(t, b, packed, group, n, begin, min_of(t.out_height, begin + rows), next,
                           w.x, w.grad, w.places, operands<T>(w.dy), operands<T>(w.a), after[0],
                           after[1]);
-  add_transposed(b, packed, t.channels / V, w.grad, w.dx);
+  add_transposed(b, packed, t.channels / V, w.grad, w.dx, first);
   weights_backward(t, b, packed, group, w.x, w.grad);
 }
 
@@ -297,7 +302,7 @@ void write_image(const Task& t, const Sizes& s, int64_t n, const T* image, const
   for (int64_t row = 0, p = 0; row < t.in_height; ++row)
     for (int64_t column = 0; column < t.in_width; ++column, ++p)
       for (int64_t c = 0; c < cx; c += V) {
-        Vec v = load(w.raw + p * cx + c);
+        Vec v = s.raw ? load(w.raw + p * cx + c) : Vec{};
         if (s.conv)
           v += masked(load(w.dx.at(c / V, row, column)), load(image + p * t.x_stride + c));
         if (incoming) v += load(incoming + p * t.incoming_stride + c);
@@ -324,13 +329,16 @@ void image_backward(const Task& t, const Sizes& s, const Packed<T>* packed, int6
     fill(w.x, t.channels / V, [&](int64_t p, int64_t block) {
       return relu(load(image + p * t.x_stride + block * V));
     });
-    std::memset(w.dx.data, 0, static_cast<size_t>(s.x) * sizeof(float));
+    if (s.strided) std::memset(w.dx.data, 0, static_cast<size_t>(s.x) * sizeof(float));
   }
+  bool begins = !s.strided;
   std::memset(w.raw, 0, static_cast<size_t>(s.raw) * sizeof(float));
   for (int64_t i = 0; i < t.num_branches; ++i) {
     const Branch& b = t.branches[i];
-    if (b.kind == kConv)
-      conv_backward<T>(t, b, packed[i], group, n, next_convolution(t, group, i, n), w);
+    if (b.kind == kConv) {
+      conv_backward<T>(t, b, packed[i], group, n, next_convolution(t, group, i, n), w, begins);
+      begins = false;
+    }
     if (b.kind == kSkip) skip_backward<T>(t, b, n, w);
     if (b.kind != kPointwise && b.kind != kFactorized) continue;
     const int64_t rows = rows_per_chunk(t);

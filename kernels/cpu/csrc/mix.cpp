@@ -16,64 +16,78 @@ thread_local Scratch local_scratch;
 // sum that stays in the first-level cache.
 constexpr int64_t kRun = 4096;
 
-// total [pixels, C] += a pool that is stored nowhere, rows [begin, end) of what `image` gives. `ahead`
-// is what is read next.
-template <class T>
-PDARTS_SHARED void add_pool(const Task& t, const Branch& b, const T* image, int64_t begin,
-                            int64_t end, const Ahead& ahead, float* total) {
-  const Task pool = pool_task(t, b);
+// total [pixels, C] += pools, rows [begin, end) of image n.
+template <bool kMost, bool kMean, class T>
+PDARTS_SHARED void add_pools(const Task& t, const Pools& pools, int64_t n, int64_t begin,
+                             int64_t end, float* total) {
+  const Branch& any = pools.any();
+  const Task pool = pool_task(t, any);
+  const T* image = entering<T>(t, any, n, 0).data;
   for (int64_t c = 0; c < t.channels; c += V) {
-    const Vec scale = load(b.scale + c);
-    pool_rows(pool, b, image, begin, end, c, [&](int64_t p, int, Vec v) PDARTS_LAMBDA {
+    const Vec of_most = kMost ? load(pools.most->scale + c) : Vec{};
+    const Vec of_mean = kMean ? load(pools.mean->scale + c) : Vec{};
+    pool_rows(pool, any.stride, image, begin, end, c, [&](int64_t p, int, Vec most, Vec mean)
+                                                          PDARTS_LAMBDA {
       float* o = total + p * t.channels + c;
-      ahead.ask(p, c / V);
-      store(o, load(o) + scale * as_stored<T>(v));
+      Vec sum = load(o);
+      if (kMost) sum += of_most * as_stored<T>(most);
+      if (kMean) sum += of_mean * as_stored<T>(mean);
+      store(o, sum);
     });
   }
 }
 
-// total [pixels, C] += branch, for rows [begin, end) of image n. `ahead` is what is read next.
-template <class T>
-void add_branch(const Task& t, const Branch& b, int64_t n, int64_t begin, int64_t end,
-                const Ahead& ahead, float* factors, float* total) {
+// total [pixels, C] += N branches, rows [begin, end) of image n, times factor(pixel, channel).
+template <int N, class T, class Factor>
+PDARTS_INLINE void add_branches(const Task& t, const Branch* const* branches, int64_t n,
+                                int64_t begin, int64_t end, float* total, Factor factor) {
   const int64_t channels = t.channels, pixels = (end - begin) * t.out_width;
-  const int64_t first = (n * t.out_height + begin) * t.out_width;
-  if (is_recomputed(b)) {
-    add_pool(t, b, entering<T>(t, b, n, 0).data, begin, end, ahead, total);
-    return;
-  }
-  const Entering<T> from = entering<T>(t, b, n, begin);
-  const int64_t stride = from.stride;
-  const T* x = from.data;
-  if (b.mask) {
-    const uint8_t* keep = b.mask + first * channels;
-    for (int64_t p = 0; p < pixels; ++p)
-      for (int64_t c = 0; c < channels; c += V) {
-        float* o = total + p * channels + c;
-        ahead.ask(p, c / V);
-        const Vec kept = load_mask(keep + p * channels + c) * load(x + p * stride + c);
-        store(o, load(o) + load(b.scale + c) * kept);
-      }
-    return;
-  }
-  if (b.kind == kSkip && b.stream >= 0) {
-    const int64_t real = t.real_channels;
-    uint8_t* bits = b.kept ? b.kept + first * channels / 8 : nullptr;
-    const float* keep = dropout_factors(t, b, first * real, pixels * real, factors, bits);
-    for (int64_t p = 0; p < pixels; ++p)
-      for (int64_t c = 0; c < channels; c += V) {
-        float* o = total + p * channels + c;
-        ahead.ask(p, c / V);
-        store(o, load(o) + load(b.scale + c) * load(keep + p * real + c) * load(x + p * stride + c));
-      }
-    return;
-  }
-  for (int64_t p = 0; p < pixels; ++p)
-    for (int64_t c = 0; c < channels; c += V) {
+  Entering<T> from[N];
+  for (int i = 0; i < N; ++i) from[i] = entering<T>(t, *branches[i], n, begin);
+  for (int64_t c = 0; c < channels; c += V) {
+    Vec scale[N];
+    PDARTS_UNROLL
+    for (int i = 0; i < N; ++i) scale[i] = load(branches[i]->scale + c);
+    for (int64_t p = 0; p < pixels; ++p) {
       float* o = total + p * channels + c;
-      ahead.ask(p, c / V);
-      store(o, load(o) + load(b.scale + c) * load(x + p * stride + c));
+      Vec sum = load(o);
+      PDARTS_UNROLL
+      for (int i = 0; i < N; ++i) {
+        from[i].ask_ahead(p, c);
+        sum += scale[i] * factor(p, c, load(from[i].data + p * from[i].stride + c));
+      }
+      store(o, sum);
     }
+  }
+}
+
+// total [pixels, C] += a skip with dropout, rows [begin, end) of image n.
+template <class T>
+PDARTS_SHARED void add_dropped(const Task& t, const Branch* b, int64_t n, int64_t begin,
+                               int64_t end, float* factors, float* total) {
+  const int64_t channels = t.channels, real = t.real_channels;
+  const int64_t first = (n * t.out_height + begin) * t.out_width;
+  if (b->mask) {
+    const uint8_t* keep = b->mask + first * channels;
+    add_branches<1, T>(t, &b, n, begin, end, total,
+                       [&](int64_t p, int64_t c, Vec x) PDARTS_LAMBDA {
+                         return load_mask(keep + p * channels + c) * x;
+                       });
+    return;
+  }
+  uint8_t* bits = b->kept ? b->kept + first * channels / 8 : nullptr;
+  const float* keep =
+      dropout_factors(t, *b, first * real, (end - begin) * t.out_width * real, factors, bits);
+  add_branches<1, T>(t, &b, n, begin, end, total, [&](int64_t p, int64_t c, Vec x) PDARTS_LAMBDA {
+    return load(keep + p * real + c) * x;
+  });
+}
+
+template <int N, class T>
+PDARTS_SHARED void add_plain(const Task& t, const Branch* const* branches, int64_t n,
+                             int64_t begin, int64_t end, float* total) {
+  add_branches<N, T>(t, branches, n, begin, end, total,
+                     [](int64_t, int64_t, Vec x) PDARTS_LAMBDA { return x; });
 }
 
 template <class T>
@@ -81,6 +95,7 @@ void run_mix(const Task& t) {
   const int64_t channels = t.channels, width = t.out_width;
   const int64_t rows = rows_per_run(t, kRun), run = rows * width;
   const int64_t runs = (t.out_height + rows - 1) / rows;
+  const Entrants all(t);
 #pragma omp parallel num_threads(static_cast<int>(t.threads))
   {
     Scratch& local = local_scratch;
@@ -95,9 +110,14 @@ void run_mix(const Task& t) {
       const int64_t first = (n * t.out_height + begin) * width, pixels = (end - begin) * width;
       for (int64_t p = 0; p < pixels; ++p)
         for (int64_t c = 0; c < channels; c += V) store(total + p * channels + c, load(t.shift + c));
-      for (int64_t i = 0; i < t.num_branches; ++i)
-        add_branch<T>(t, t.branches[i], n, begin, end, entering_ahead<T>(t, i, n, begin, end),
-                      factors, total);
+      for (const Branch* b : all.dropped) add_dropped<T>(t, b, n, begin, end, factors, total);
+      for (const Pools& pools : all.pools)
+        with_pools(pools, [&](auto most, auto mean) {
+          add_pools<most.value, mean.value, T>(t, pools, n, begin, end, total);
+        });
+      together(all, [&](const Branch* const* some, auto count) {
+        add_plain<count.value, T>(t, some, n, begin, end, total);
+      });
       T* out = static_cast<T*>(t.out) + first * t.out_stride;
       for (int64_t p = 0; p < pixels; ++p)
         for (int64_t c = 0; c < channels; c += V)

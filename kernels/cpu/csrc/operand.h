@@ -1,16 +1,27 @@
 // What enters a node, as mix and reduce read it: y of an operation, or x of a skip.
 #pragma once
 
+#include <vector>
+
 #include "pooling.h"
 
 namespace pdarts {
 namespace PDARTS_VARIANT {
+
+// Branches that are read side by side: their sums and factors stay in registers, and what they have
+// in common is loaded once.
+constexpr int kTogether = kManyRegisters ? 8 : 2;
 
 // Rows of one image: pixel p begins at data + p * stride.
 template <class T>
 struct Entering {
   const T* data;
   int64_t stride;
+
+  // Asks for what is read 512 numbers after channel c of pixel p.
+  PDARTS_INLINE_METHOD void ask_ahead(int64_t p, int64_t c) const {
+    ask_for(data + p * stride + c + 512);
+  }
 };
 
 // Row `row` of image n of a branch, or what a pool that is stored nowhere computes it from.
@@ -26,16 +37,6 @@ PDARTS_INLINE Entering<T> entering(const Task& t, const Branch& b, int64_t n, in
           stride};
 }
 
-// What is read after branch i for rows [begin, end) of image n: the next branch, or the first one for
-// the rows that follow.
-template <class T>
-PDARTS_INLINE Ahead entering_ahead(const Task& t, int64_t i, int64_t n, int64_t begin,
-                                   int64_t end) {
-  const bool last = i + 1 == t.num_branches;
-  const Entering<T> next = entering<T>(t, t.branches[last ? 0 : i + 1], n, last ? end : begin);
-  return Ahead::of(next.data, next.stride);
-}
-
 // The task as a pool that is stored nowhere sees it.
 PDARTS_INLINE Task pool_task(const Task& t, const Branch& b) {
   Task pool = t;
@@ -43,6 +44,72 @@ PDARTS_INLINE Task pool_task(const Task& t, const Branch& b) {
   pool.in_width = b.input_width;
   pool.x_stride = b.input_stride;
   return pool;
+}
+
+// Pools that are stored nowhere of one source, which are computed together; not both are null.
+struct Pools {
+  const Branch *most, *mean;
+
+  const Branch& any() const { return most ? *most : *mean; }
+
+  // Takes a branch in if it is of the same source, and its place is free.
+  bool take(const Branch& b) {
+    const Branch*& place = b.kind == kMaxPool ? most : mean;
+    const Branch* other = b.kind == kMaxPool ? mean : most;
+    if (place || (other && (other->input != b.input || other->stride != b.stride))) return false;
+    place = &b;
+    return true;
+  }
+};
+
+// f(Int<whether there is a maximum>, Int<whether there is a mean>).
+template <class F>
+PDARTS_INLINE void with_pools(const Pools& pools, F f) {
+  if (pools.most && pools.mean) f(Int<1>{}, Int<1>{});
+  else if (pools.most) f(Int<1>{}, Int<0>{});
+  else f(Int<0>{}, Int<1>{});
+}
+
+// What enters a node, by how it is read, in the order in which it is summed: pools come at the same
+// place whether they are stored or not.
+struct Entrants {
+  std::vector<const Branch*> dropped;  // with dropout
+  std::vector<Pools> pools;            // computed anew
+  std::vector<const Branch*> plain;    // as it is
+
+  explicit Entrants(const Task& t) {
+    for (int64_t i = 0; i < t.num_branches; ++i)
+      if (is_pool(t.branches[i].kind)) add_pool(t.branches[i]);
+    for (int64_t i = 0; i < t.num_branches; ++i) {
+      const Branch& b = t.branches[i];
+      if (is_pool(b.kind)) continue;
+      const bool drops = b.kind == kSkip && (b.mask || b.stream >= 0);
+      (drops ? dropped : plain).push_back(&b);
+    }
+  }
+
+ private:
+  void add_pool(const Branch& b) {
+    if (!is_recomputed(b)) return plain.push_back(&b);
+    for (Pools& some : pools)
+      if (some.take(b)) return;
+    pools.push_back({});
+    pools.back().take(b);
+  }
+};
+
+// f(first of some plain branches, Int<how many>) for all of them: as many at a time as fit.
+template <int N = kTogether, class F>
+PDARTS_INLINE void together(const Branch* const* first, int64_t left, F f) {
+  if constexpr (N > 0) {
+    for (; left >= N; first += N, left -= N) f(first, Int<N>{});
+    together<N / 2>(first, left, f);
+  }
+}
+
+template <class F>
+PDARTS_INLINE void together(const Entrants& all, F f) {
+  together(all.plain.data(), static_cast<int64_t>(all.plain.size()), f);
 }
 
 }  // namespace PDARTS_VARIANT

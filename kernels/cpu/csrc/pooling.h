@@ -27,30 +27,35 @@ PDARTS_INLINE float inverse_extent(int64_t centre, int64_t size) {
 // Columns that a window moves over before it looks whether the row ends.
 constexpr int kWindows = 4;
 
-// The windows of one row of outputs, a channel block: put(column, a number below kWindows, value).
-// `centre` is the middle row of the windows.
-template <bool kMax, int S, bool kAbove, bool kBelow, class T, class Put>
+// The windows of one row of outputs, a channel block: put(column, a number below kWindows, maximum,
+// mean). What `put` leaves out is not computed. `centre` is the middle row of the windows.
+template <int S, bool kAbove, bool kBelow, class T, class Put>
 PDARTS_INLINE void pool_windows(const Task& t, const T* centre, float height, Put put) {
+  struct Column {
+    Vec most, sum;
+  };
   const int64_t width = t.in_width, step = width * t.x_stride;
-  const Vec outside = broadcast(kMax ? -std::numeric_limits<float>::infinity() : 0.0f);
+  const Column outside{broadcast(-std::numeric_limits<float>::infinity()), Vec{}};
   const auto column = [&](int64_t w) PDARTS_LAMBDA {
     const T* x = centre + w * t.x_stride;
-    Vec v = load(x);
-    if constexpr (kAbove) v = kMax ? maximum(load(x - step), v) : v + load(x - step);
-    if constexpr (kBelow) v = kMax ? maximum(load(x + step), v) : v + load(x + step);
-    return v;
+    const Vec v = load(x);
+    Column all{v, v};
+    const auto add = [&](Vec other) PDARTS_LAMBDA {
+      all.most = maximum(other, all.most);
+      all.sum += other;
+    };
+    if constexpr (kAbove) add(load(x - step));
+    if constexpr (kBelow) add(load(x + step));
+    return all;
   };
   const float inner = height * inverse_extent(1, 3);
-  Vec left = outside, middle = column(0);
+  Column left = outside, middle = column(0);
   const auto window = [&](int64_t w, int chain, bool inside) PDARTS_LAMBDA {
     if (S == 2 && w > 0) middle = column(w * S);
-    const Vec right = inside || w * S + 1 < width ? column(w * S + 1) : outside;
-    if constexpr (kMax) {
-      put(w, chain, maximum(left, maximum(middle, right)));
-    } else {
-      const float factor = inside ? inner : height * inverse_extent(w * S, width);
-      put(w, chain, (left + middle + right) * factor);
-    }
+    const Column right = inside || w * S + 1 < width ? column(w * S + 1) : outside;
+    const float factor = inside ? inner : height * inverse_extent(w * S, width);
+    put(w, chain, maximum(left.most, maximum(middle.most, right.most)),
+        (left.sum + middle.sum + right.sum) * factor);
     left = S == 1 ? middle : right;
     if (S == 1) middle = right;
   };
@@ -63,45 +68,50 @@ PDARTS_INLINE void pool_windows(const Task& t, const T* centre, float height, Pu
   for (; w < t.out_width; ++w) window(w, 0, false);
 }
 
-// Channels [c, c + V) of rows [begin, end) of a kMaxPool or kAvgPool branch: put(pixel from row
-// `begin` on, a number below kWindows that alternates, value).
-template <bool kMax, int S, class T, class Put>
-PDARTS_INLINE void pool_rows(const Task& t, const T* image, int64_t begin, int64_t end, int64_t c,
-                             Put put) {
+// Channels [c, c + V) of rows [begin, end) of pools of stride S: put(pixel from row `begin` on, a number
+// below kWindows that alternates, maximum, mean).
+template <int S, class T, class Put>
+PDARTS_INLINE void pool_rows_of(const Task& t, const T* image, int64_t begin, int64_t end,
+                                int64_t c, Put put) {
   for (int64_t row = begin; row < end; ++row) {
     const int64_t h = row * S, first = (row - begin) * t.out_width;
     const T* centre = image + h * t.in_width * t.x_stride + c;
     const float height = inverse_extent(h, t.in_height);
-    const auto put_row = [&](int64_t w, int chain, Vec v)
-                             PDARTS_LAMBDA { put(first + w, chain, v); };
+    const auto put_row = [&](int64_t w, int chain, Vec most, Vec mean)
+                             PDARTS_LAMBDA { put(first + w, chain, most, mean); };
     const bool above = h > 0, below = h + 1 < t.in_height;
-    if (above && below) pool_windows<kMax, S, true, true>(t, centre, height, put_row);
-    else if (above) pool_windows<kMax, S, true, false>(t, centre, height, put_row);
-    else if (below) pool_windows<kMax, S, false, true>(t, centre, height, put_row);
-    else pool_windows<kMax, S, false, false>(t, centre, height, put_row);
+    if (above && below) pool_windows<S, true, true>(t, centre, height, put_row);
+    else if (above) pool_windows<S, true, false>(t, centre, height, put_row);
+    else if (below) pool_windows<S, false, true>(t, centre, height, put_row);
+    else pool_windows<S, false, false>(t, centre, height, put_row);
   }
 }
 
-// The same for any branch.
+// The same for any stride.
 template <class T, class Put>
-PDARTS_INLINE void pool_rows(const Task& t, const Branch& b, const T* image, int64_t begin,
+PDARTS_INLINE void pool_rows(const Task& t, int64_t stride, const T* image, int64_t begin,
                              int64_t end, int64_t c, Put put) {
-  if (b.kind == kMaxPool)
-    b.stride == 1 ? pool_rows<true, 1>(t, image, begin, end, c, put)
-                  : pool_rows<true, 2>(t, image, begin, end, c, put);
-  else
-    b.stride == 1 ? pool_rows<false, 1>(t, image, begin, end, c, put)
-                  : pool_rows<false, 2>(t, image, begin, end, c, put);
+  stride == 1 ? pool_rows_of<1>(t, image, begin, end, c, put)
+              : pool_rows_of<2>(t, image, begin, end, c, put);
 }
 
 // y [out pixels, C] = rows [begin, end) of a kMaxPool or kAvgPool branch.
 template <class T>
 PDARTS_SHARED void store_pool(const Task& t, const Branch& b, const T* image, int64_t begin,
                               int64_t end, T* y) {
-  for (int64_t c = 0; c < t.channels; c += V)
-    pool_rows(t, b, image, begin, end, c, [&](int64_t p, int, Vec v) PDARTS_LAMBDA {
-      store(y + p * t.channels + c, v);
-    });
+  for (int64_t c = 0; c < t.channels; c += V) {
+    T* to = y + c;
+    if (b.kind == kMaxPool)
+      pool_rows(t, b.stride, image, begin, end, c, [&](int64_t p, int, Vec most, Vec)
+                                                       PDARTS_LAMBDA {
+        store(to + p * t.channels, most);
+      });
+    else
+      pool_rows(t, b.stride, image, begin, end, c, [&](int64_t p, int, Vec, Vec mean)
+                                                       PDARTS_LAMBDA {
+        store(to + p * t.channels, mean);
+      });
+  }
 }
 
 // line [1 + out_width + 1][V] = a channel block of the N rows of dy from `row` on, each divided by the

@@ -18,6 +18,17 @@ thread_local Scratch shared_scratch, local_scratch;
 // Floats of the gradient that are used for all branches while they are in cache.
 constexpr int64_t kRun = 4096;
 
+// total[i] += sum of chains[.][i].
+template <int N>
+PDARTS_INLINE void add_chains(const Vec (&chains)[N], double* total) {
+  Vec sum = chains[0];
+  PDARTS_UNROLL
+  for (int i = 1; i < N; ++i) sum += chains[i];
+  float chunk[V];
+  store(chunk, sum);
+  add_sums(total, chunk, V);
+}
+
 // total [C] += sum of f(pixel, channel), through four float chains of a quarter run each.
 template <class F>
 PDARTS_INLINE void add_sum(int64_t pixels, int64_t channels, double* total, F f) {
@@ -29,96 +40,118 @@ PDARTS_INLINE void add_sum(int64_t pixels, int64_t channels, double* total, F f)
       for (int i = 0; i < 4; ++i) sum[i] += f(p + i, c);
     }
     for (; p < pixels; ++p) sum[0] += f(p, c);
-    float chunk[V];
-    store(chunk, (sum[0] + sum[1]) + (sum[2] + sum[3]));
-    add_sums(total + c, chunk, V);
+    add_chains(sum, total + c);
   }
 }
 
-// A pool that is stored nowhere, rows [begin, end) of what `image` gives.
-template <class T>
-PDARTS_SHARED void pool_sums(const Task& t, const Branch& b, const T* g, const T* image,
-                             int64_t begin, int64_t end, const Ahead& ahead, double* total) {
-  const Task pool = pool_task(t, b);
+// Where the sums of a branch lie in those of a task.
+PDARTS_INLINE double* place_of(const Task& t, const Branch* b, double* total) {
+  return total + (b - t.branches + 1) * t.channels;
+}
+
+// Pools, rows [begin, end) of image n; `g` is the gradient from there on, `total` [branches + 1, C].
+template <bool kMost, bool kMean, class T>
+PDARTS_SHARED void pool_sums(const Task& t, const Pools& pools, const T* g, int64_t n,
+                             int64_t begin, int64_t end, double* total) {
+  const Branch& any = pools.any();
+  const Task pool = pool_task(t, any);
+  const T* image = entering<T>(t, any, n, 0).data;
   for (int64_t c = 0; c < t.channels; c += V) {
-    const Vec scale = load(b.scale + c), shift = load(b.shift + c);
-    Vec sum[kWindows] = {};
-    pool_rows(pool, b, image, begin, end, c, [&](int64_t p, int chain, Vec v) PDARTS_LAMBDA {
-      ahead.ask(p, c / V);
-      sum[chain] += load(g + p * t.x_stride + c) * (as_stored<T>(v) * scale + shift);
+    Vec most_sum[kWindows] = {}, mean_sum[kWindows] = {};
+    const auto normalised = [&](const Branch* b, Vec y) PDARTS_LAMBDA {
+      return as_stored<T>(y) * load(b->scale + c) + load(b->shift + c);
+    };
+    pool_rows(pool, any.stride, image, begin, end, c, [&](int64_t p, int chain, Vec most, Vec mean)
+                                                          PDARTS_LAMBDA {
+      const Vec grad = load(g + p * t.x_stride + c);
+      if (kMost) most_sum[chain] += grad * normalised(pools.most, most);
+      if (kMean) mean_sum[chain] += grad * normalised(pools.mean, mean);
     });
-    float chunk[V];
-    store(chunk, (sum[0] + sum[1]) + (sum[2] + sum[3]));
-    add_sums(total + c, chunk, V);
+    if (kMost) add_chains(most_sum, place_of(t, pools.most, total) + c);
+    if (kMean) add_chains(mean_sum, place_of(t, pools.mean, total) + c);
   }
 }
 
-// Rows [begin, end) of image n; `ahead` is what is read next.
+// N branches that are read as they are; arguments as for a pool.
+template <int N, class T>
+PDARTS_SHARED void plain_sums(const Task& t, const Branch* const* branches, const T* g, int64_t n,
+                              int64_t begin, int64_t end, double* total) {
+  constexpr int kChains = 2;
+  const int64_t pixels = (end - begin) * t.out_width;
+  Entering<T> from[N];
+  for (int i = 0; i < N; ++i) from[i] = entering<T>(t, *branches[i], n, begin);
+  for (int64_t c = 0; c < t.channels; c += V) {
+    Vec scale[N], shift[N], sum[N][kChains] = {};
+    PDARTS_UNROLL
+    for (int i = 0; i < N; ++i) {
+      const bool skip = branches[i]->kind == kSkip;
+      scale[i] = skip ? broadcast(1.0f) : load(branches[i]->scale + c);
+      shift[i] = skip ? Vec{} : load(branches[i]->shift + c);
+    }
+    const auto add = [&](int64_t p, int chain) PDARTS_LAMBDA {
+      const Vec grad = load(g + p * t.x_stride + c);
+      PDARTS_UNROLL
+      for (int i = 0; i < N; ++i) {
+        from[i].ask_ahead(p, c);
+        const Vec y = load(from[i].data + p * from[i].stride + c);
+        sum[i][chain] += grad * (y * scale[i] + shift[i]);
+      }
+    };
+    int64_t p = 0;
+    for (; p + kChains <= pixels; p += kChains) {
+      PDARTS_UNROLL
+      for (int chain = 0; chain < kChains; ++chain) add(p + chain, chain);
+    }
+    for (; p < pixels; ++p) add(p, 0);
+    for (int i = 0; i < N; ++i) add_chains(sum[i], place_of(t, branches[i], total) + c);
+  }
+}
+
+// A skip with dropout.
 template <class T>
-void branch_sums(const Task& t, const Branch& b, const T* g, int64_t n, int64_t begin, int64_t end,
-                 const Ahead& ahead, float* factors, double* total) {
-  if (is_recomputed(b)) {
-    pool_sums(t, b, g, entering<T>(t, b, n, 0).data, begin, end, ahead, total);
-    return;
-  }
+PDARTS_SHARED void dropped_sums(const Task& t, const Branch& b, const T* g, int64_t n,
+                                int64_t begin, int64_t end, float* factors, double* total) {
   const Entering<T> from = entering<T>(t, b, n, begin);
-  const int64_t gs = t.x_stride, pixels = (end - begin) * t.out_width;
+  const int64_t pixels = (end - begin) * t.out_width, real = t.real_channels;
   const int64_t first = (n * t.out_height + begin) * t.out_width;
-  if (b.kind != kSkip) {
-    const T* y = from.data;
-    add_sum(pixels, t.channels, total, [&](int64_t p, int64_t c) {
-      ahead.ask(p, c / V);
-      return load(g + p * gs + c) *
-             (load(y + p * t.channels + c) * load(b.scale + c) + load(b.shift + c));
+  const auto add = [&](auto factor) PDARTS_LAMBDA {
+    add_sum(pixels, t.channels, total, [&](int64_t p, int64_t c) PDARTS_LAMBDA {
+      from.ask_ahead(p, c);
+      return load(g + p * t.x_stride + c) * factor(p, c) * load(from.data + p * from.stride + c);
     });
-    return;
-  }
-  const T* x = from.data;
+  };
   if (b.mask) {
     const uint8_t* keep = b.mask + first * t.channels;
-    add_sum(pixels, t.channels, total, [&](int64_t p, int64_t c) {
-      ahead.ask(p, c / V);
-      return load(g + p * gs + c) * load_mask(keep + p * t.channels + c) *
-             load(x + p * b.input_stride + c);
-    });
-    return;
-  }
-  if (b.kept) {
+    add([&](int64_t p, int64_t c) PDARTS_LAMBDA { return load_mask(keep + p * t.channels + c); });
+  } else if (b.kept) {
     const Vec kept = kept_factor(t);
-    add_sum(pixels, t.channels, total, [&](int64_t p, int64_t c) {
-      ahead.ask(p, c / V);
-      return load(g + p * gs + c) * load_kept(b.kept, (first + p) * t.channels + c, kept) *
-             load(x + p * b.input_stride + c);
+    add([&](int64_t p, int64_t c) PDARTS_LAMBDA {
+      return load_kept(b.kept, (first + p) * t.channels + c, kept);
     });
-    return;
+  } else {
+    const float* keep = dropout_factors(t, b, first * real, pixels * real, factors);
+    add([&](int64_t p, int64_t c) PDARTS_LAMBDA { return load(keep + p * real + c); });
   }
-  if (b.stream < 0) {
-    add_sum(pixels, t.channels, total, [&](int64_t p, int64_t c) {
-      ahead.ask(p, c / V);
-      return load(g + p * gs + c) * load(x + p * b.input_stride + c);
-    });
-    return;
-  }
-  const int64_t real = t.real_channels;
-  const float* keep = dropout_factors(t, b, first * real, pixels * real, factors);
-  add_sum(pixels, t.channels, total, [&](int64_t p, int64_t c) {
-    ahead.ask(p, c / V);
-    return load(g + p * gs + c) * load(keep + p * real + c) * load(x + p * b.input_stride + c);
-  });
 }
 
 // total [branches + 1, C] += sums of rows [begin, end) of image n.
 template <class T>
-void run_sums(const Task& t, int64_t n, int64_t begin, int64_t end, float* factors,
-              double* total) {
-  const int64_t pixels = (end - begin) * t.out_width;
+void run_sums(const Task& t, const Entrants& all, int64_t n, int64_t begin, int64_t end,
+              float* factors, double* total) {
   const T* g =
       static_cast<const T*>(t.x) + (n * t.out_height + begin) * t.out_width * t.x_stride;
-  add_sum(pixels, t.channels, total,
-          [&](int64_t p, int64_t c) { return load(g + p * t.x_stride + c); });
-  for (int64_t i = 0; i < t.num_branches; ++i)
-    branch_sums(t, t.branches[i], g, n, begin, end, entering_ahead<T>(t, i, n, begin, end),
-                factors, total + (i + 1) * t.channels);
+  add_sum((end - begin) * t.out_width, t.channels, total, [&](int64_t p, int64_t c) PDARTS_LAMBDA {
+    return load(g + p * t.x_stride + c);
+  });
+  for (const Pools& pools : all.pools)
+    with_pools(pools, [&](auto most, auto mean) {
+      pool_sums<most.value, mean.value>(t, pools, g, n, begin, end, total);
+    });
+  for (const Branch* b : all.dropped)
+    dropped_sums(t, *b, g, n, begin, end, factors, place_of(t, b, total));
+  together(all, [&](const Branch* const* some, auto count) {
+    plain_sums<count.value>(t, some, g, n, begin, end, total);
+  });
 }
 
 template <class T>
@@ -130,6 +163,7 @@ void run(const Task& t) {
   shared.reset(Scratch::bytes_for<double>(t.groups * columns));
   double* partial = shared.take<double>(t.groups * columns);
   std::memset(partial, 0, static_cast<size_t>(t.groups * columns) * sizeof(double));
+  const Entrants all(t);
 #pragma omp parallel num_threads(static_cast<int>(t.threads))
   {
     Scratch& local = local_scratch;
@@ -143,7 +177,7 @@ void run(const Task& t) {
       double* total = partial + group * columns;
       for (int64_t n = range.begin; n < range.end; ++n)
         for (int64_t begin = 0; begin < t.out_height; begin += rows)
-          run_sums<T>(t, n, begin, min_of(begin + rows, t.out_height), factors, total);
+          run_sums<T>(t, all, n, begin, min_of(begin + rows, t.out_height), factors, total);
     }
   }
   for (int64_t i = 0; i <= t.num_branches; ++i) {
