@@ -1,9 +1,9 @@
 """SGD and Adam whose learning rate is a tensor on the device, so that a step can be captured.
 
-The arithmetic is that of torch's fused kernels, bit for bit what `torch.optim.SGD` and
-`torch.optim.Adam` compute with ``fused=True``. They read the learning rate and the overflow flag
-where they lie, and take all parameters in one call: on a CPU, the weights of a stage-1 supernet in
-a quarter of the time of torch's loop over parameters.
+The arithmetic is torch's own. On CUDA it is the fused kernels, which read the learning rate and
+the overflow flag where they lie. Elsewhere it is torch's plain loop over the parameters, bit for
+bit what `torch.optim.SGD` and `torch.optim.Adam` compute by default; it runs as one operator,
+inside which reading the two numbers costs nothing, so that a trace of a step has no host read.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ class _TensorRate(torch.optim.Optimizer):
     """What both optimisers share: one group, its learning rate a tensor that stays in place.
 
     Attributes:
-        lr: Scalar on the device: float32 on CUDA, whose kernels read that, else float64.
+        lr: Scalar on the device: float32 where a fused kernel reads it, else float64.
+        fused: Whether the fused kernels run.
     """
 
     lr: Tensor
+    fused: bool
 
-    def _place_rate(self, lr: float) -> None:
+    def _place_rate(self, lr: float, fused: bool | None) -> None:
         (group,) = self.param_groups
         device = group["params"][0].device
+        self.fused = device.type == "cuda" if fused is None else fused
         dtype = torch.float32 if device.type == "cuda" else torch.float64
         self.lr = torch.full((), lr, dtype=dtype, device=device)
         group["lr"] = self.lr
@@ -80,6 +83,7 @@ class SGD(_TensorRate, torch.optim.SGD):
         lr: Learning rate to begin with.
         momentum: Momentum.
         weight_decay: Weight decay, added to the gradient.
+        fused: Whether to run the fused kernel; None for on CUDA only.
     """
 
     def __init__(
@@ -89,9 +93,10 @@ class SGD(_TensorRate, torch.optim.SGD):
         *,
         momentum: float,
         weight_decay: float,
+        fused: bool | None = None,
     ) -> None:
         super().__init__(parameters, lr, momentum=momentum, weight_decay=weight_decay)
-        self._place_rate(lr)
+        self._place_rate(lr, fused)
 
     def _fresh_state(self, parameter: nn.Parameter) -> dict[str, Any]:
         # A buffer of zeros gives the first step that torch takes without one.
@@ -109,6 +114,11 @@ class SGD(_TensorRate, torch.optim.SGD):
         gradients = [p.grad for p in trained if p.grad is not None]
         momentum, decay = group["momentum"], group["weight_decay"]
         buffers = [self.state[p]["momentum_buffer"] for p in trained] if momentum else []
+        if not self.fused:
+            torch.ops.pdarts_fast.sgd_(
+                trained, gradients, buffers, self.lr, found_inf, momentum, decay
+            )
+            return
         sgd(
             list(trained),
             gradients,
@@ -132,6 +142,7 @@ class Adam(_TensorRate, torch.optim.Adam):
         lr: Learning rate.
         betas: Decay of the two moments.
         weight_decay: Weight decay, added to the gradient.
+        fused: Whether to run the fused kernel; None for on CUDA only.
     """
 
     def __init__(
@@ -141,9 +152,10 @@ class Adam(_TensorRate, torch.optim.Adam):
         *,
         betas: tuple[float, float],
         weight_decay: float,
+        fused: bool | None = None,
     ) -> None:
         super().__init__(parameters, lr, betas=betas, weight_decay=weight_decay)
-        self._place_rate(lr)
+        self._place_rate(lr, fused)
 
     def _fresh_state(self, parameter: nn.Parameter) -> dict[str, Any]:
         return {
@@ -166,8 +178,72 @@ class Adam(_TensorRate, torch.optim.Adam):
             [self.state[p][name] for p in trained] for name in ("exp_avg", "exp_avg_sq", "step")
         )
         (beta1, beta2), decay, eps = group["betas"], group["weight_decay"], group["eps"]
+        if not self.fused:
+            torch.ops.pdarts_fast.adam_(
+                trained, gradients, averages, squares, steps, self.lr, found_inf,
+                beta1, beta2, decay, eps,
+            )  # fmt: skip
+            return
         adam(
             list(trained), gradients, averages, squares, [], steps,
             fused=True, found_inf=found_inf, amsgrad=False, beta1=beta1, beta2=beta2,
             lr=self.lr, weight_decay=decay, eps=eps, maximize=False,
         )  # fmt: skip
+
+
+def _skips(found_inf: Tensor | None) -> bool:
+    return found_inf is not None and bool(found_inf)
+
+
+@torch.library.custom_op("pdarts_fast::sgd_", mutates_args=("parameters", "buffers"))
+def _sgd(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    buffers: list[Tensor],
+    lr: Tensor,
+    found_inf: Tensor | None,
+    momentum: float,
+    weight_decay: float,
+) -> None:
+    if not _skips(found_inf):
+        sgd(
+            parameters, gradients, list(buffers) or [None] * len(parameters),
+            foreach=False, fused=False, weight_decay=weight_decay, momentum=momentum,
+            lr=float(lr), dampening=0.0, nesterov=False, maximize=False,
+        )  # fmt: skip
+
+
+@_sgd.register_fake
+def _(parameters, gradients, buffers, lr, found_inf, momentum, weight_decay):
+    return None
+
+
+@torch.library.custom_op(
+    "pdarts_fast::adam_", mutates_args=("parameters", "averages", "squares", "steps")
+)
+def _adam(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    averages: list[Tensor],
+    squares: list[Tensor],
+    steps: list[Tensor],
+    lr: Tensor,
+    found_inf: Tensor | None,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+) -> None:
+    if not _skips(found_inf):
+        adam(
+            parameters, gradients, averages, squares, [], steps,
+            foreach=False, fused=False, amsgrad=False, beta1=beta1, beta2=beta2,
+            lr=float(lr), weight_decay=weight_decay, eps=eps, maximize=False,
+        )  # fmt: skip
+
+
+@_adam.register_fake
+def _(
+    parameters, gradients, averages, squares, steps, lr, found_inf, beta1, beta2, weight_decay, eps
+):
+    return None

@@ -115,12 +115,8 @@ def test_steps_equal_plain_steps_that_compute_all_gradients(network: Network) ->
     step = make_step(network)
     plain.p = 0.3
     plain.update_p()
-    weights = torch.optim.SGD(
-        plain.weight_parameters(), 0.025, momentum=0.9, weight_decay=3e-4, fused=True
-    )
-    alphas = torch.optim.Adam(
-        plain.arch_parameters(), 6e-4, betas=(0.5, 0.999), weight_decay=1e-3, fused=True
-    )
+    weights = torch.optim.SGD(plain.weight_parameters(), 0.025, momentum=0.9, weight_decay=3e-4)
+    alphas = torch.optim.Adam(plain.arch_parameters(), 6e-4, betas=(0.5, 0.999), weight_decay=1e-3)
     for number in range(2):
         step.alpha_step(*batch(2 * number), number)
         step.weight_step(*batch(2 * number + 1), number)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental import proxy_tensor
 
+from pdarts_fast import optimizers
 from pdarts_fast.config import SearchConfig
 from pdarts_fast.kernels import backends
 from pdarts_fast.precision import Precision
@@ -31,6 +32,15 @@ def quick_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out what tracing notes of every node and replays do not need: most of its time."""
     monkeypatch.setattr(proxy_tensor, "extract_val", lambda *_, **__: None)
     monkeypatch.setattr(traceback, "extract_stack", lambda *_, **__: traceback.StackSummary())
+
+
+@pytest.fixture
+def fused_optimizers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused kernels, which a step runs on CUDA, on this device too."""
+    place = optimizers._TensorRate._place_rate
+    monkeypatch.setattr(
+        optimizers._TensorRate, "_place_rate", lambda self, lr, _: place(self, lr, True)
+    )
 
 
 def switches(stage: int, nodes: int) -> dict[str, np.ndarray]:

@@ -127,6 +127,7 @@ WAITING = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("fused_optimizers")
 @pytest.mark.parametrize("command", ["search", "train"])
 def test_nothing_is_read_between_log_intervals(
     command: str, run_tiny: Run, monkeypatch: pytest.MonkeyPatch

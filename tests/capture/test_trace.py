@@ -67,8 +67,11 @@ def test_replayed_steps_equal_eager_ones(
     assert len(cells) == (3 * passes if backend == "cpu" else 0)
 
 
+@pytest.mark.usefixtures("fused_optimizers")
 @pytest.mark.parametrize("scaled", [False, True], ids=["unscaled", "loss-scale"])
-def test_optimisers_are_one_operator_each(scaled: bool, make_step: Make, make_batch: Make) -> None:
+def test_the_fused_optimisers_of_cuda_replay_too(
+    scaled: bool, make_step: Make, make_batch: Make
+) -> None:
     precision = Precision(torch.float16 if scaled else None, scaled)
     eager, traced = (make_step(precision=precision) for _ in range(2))
     capture = TraceCapture()
