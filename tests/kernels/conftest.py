@@ -179,13 +179,16 @@ def compiled() -> str:
 
 
 @pytest.fixture(scope="session")
-def emulated_amx(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library whose variant ``amx`` runs on processors without AMX too, in software."""
+def amx_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library whose variant ``amx`` runs here: the installed one, or one that emulates AMX."""
     found = cpu.availability()
-    if not found.usable or compiler.find_compiler() is None:
-        pytest.skip("needs the C++ kernels and a compiler")
-    listed = library.variants(library.load().handle)
-    if not any(name == "avx512bf16" and runs for name, runs, _ in listed):
+    if not found.usable:
+        pytest.skip("needs the C++ kernels")
+    installed = library.load()
+    runs = {name for name, runs, _ in library.variants(installed.handle) if runs}
+    if "amx" in runs:
+        return installed.path
+    if "avx512bf16" not in runs or compiler.find_compiler() is None:
         pytest.skip("needs a processor with AVX512-BF16, and a compiler that knows it")
     output = tmp_path_factory.mktemp("amx") / "emulated.so"
     return compiler.build(output, emulate_amx=True, only=("amx",), extra=("-O1",))

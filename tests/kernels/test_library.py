@@ -90,7 +90,7 @@ def test_another_variant_passes_the_cell_tests(compiled: str, variant: str) -> N
 
 
 @pytest.mark.slow
-def test_emulated_amx_passes_the_cell_tests(emulated_amx: Path) -> None:
+def test_amx_passes_the_cell_tests(amx_library: Path) -> None:
     chosen = "amp and (close or repeatable or bfloat16)"
     files = ["tests/kernels/test_cell.py", "tests/kernels/test_stem.py"]
     found = subprocess.run(
@@ -98,7 +98,7 @@ def test_emulated_amx_passes_the_cell_tests(emulated_amx: Path) -> None:
         cwd=ROOT,
         env={
             **os.environ,
-            library.PATH_VARIABLE: str(emulated_amx),
+            library.PATH_VARIABLE: str(amx_library),
             library.VARIANT_VARIABLE: "amx",
         },
         capture_output=True,

@@ -302,18 +302,20 @@ def test_bfloat16_is_stored_rounded_to_nearest_even() -> None:
 @pytest.mark.skipif(KERNELS != "cpu", reason="of the C++ kernels")
 @pytest.mark.parametrize("channels", [16, 32, 48, 80], ids=lambda c: f"c{c}")
 def test_amx_agrees_with_the_products_that_it_replaces(
-    channels: int, emulated_amx: Path, monkeypatch: pytest.MonkeyPatch
+    channels: int, amx_library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sums of one to three tiles, whole and half ones, and rests of pixels."""
-    monkeypatch.setenv(library.PATH_VARIABLE, str(emulated_amx))
+    monkeypatch.setenv(library.PATH_VARIABLE, str(amx_library))
     bench = Bench(channels, (2, 5, 19), reduction=False)
     found = {}
     for variant in ("avx512bf16", "amx"):
         monkeypatch.setenv(library.VARIANT_VARIABLE, variant)
         loaded = library.load()
-        before = loaded.handle.pdarts_emulated()
+        emulated = getattr(loaded.handle, "pdarts_emulated", None)
+        before = emulated and emulated()
         found[variant] = _every_product(bench, CompiledPrimitives(loaded))
-        assert (loaded.handle.pdarts_emulated() > before) == (variant == "amx")
+        # A processor with AMX has the installed library, which emulates nothing.
+        assert emulated is None or (emulated() > before) == (variant == "amx")
     for name, value in found["avx512bf16"].items():
         # What is stored may be rounded to either of two neighbours, and moments are of that.
         tolerance = {torch.bfloat16: 2.0**-7, torch.float64: 5e-4}.get(value.dtype, 2e-5)
