@@ -26,7 +26,7 @@ BASE = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-ma
 SANITIZE = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined")
 WITH_PRODUCTS = ("fan_out", "mid_backward", "fan_in", "variant")
 PRIMITIVES = (*WITH_PRODUCTS, "mix", "reduce", "draw")
-SCALAR = ("dispatch", "cell_forward", "cell_backward")
+SCALAR = ("dispatch", "cell_forward", "cell_backward", "team")
 
 
 @dataclass(frozen=True)

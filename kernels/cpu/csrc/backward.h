@@ -3,6 +3,7 @@
 
 #include "depthwise.h"
 #include "gather.h"
+#include "parallel.h"
 #include "statistics.h"
 #include "tiles.h"
 
@@ -82,21 +83,21 @@ PDARTS_SHARED BackwardBranch<E>* prepare_backward(const Task& t, Scratch& scratc
   return all;
 }
 
-// Packs the weights of every branch: all threads of a team call it and leave it together.
+// Packs the weights of every branch: all threads call it and leave it together.
 template <class E>
-PDARTS_SHARED void pack_backward(const Task& t, const BackwardBranch<E>* all) {
-#pragma omp for schedule(dynamic, 1)
-  for (int64_t i = 0; i < t.num_branches; ++i) {
+PDARTS_SHARED void pack_backward(const Task& t, const BackwardBranch<E>* all, Member& member) {
+  each(member, t.num_branches, 1, [&](int64_t i) {
     const Branch& b = t.branches[i];
-    if (!has_weights(b)) continue;
+    if (!has_weights(b)) return;
     const int64_t taps = tap_count(b), depth = product_depth(t, b);
     if (b.kind == kFactorized) expand_weights(t, b, all[i].expanded);
     pack_panels(b.kind == kFactorized ? all[i].expanded : b.pointwise, depth, 1, t.channels, depth,
                 all[i].pointwise);
-    if (b.kind != kConv) continue;
+    if (b.kind != kConv) return;
     pack_depthwise(b.depthwise, t.channels, taps, false, all[i].depthwise);
     pack_depthwise(b.depthwise, t.channels, taps, true, all[i].flipped);
-  }
+  });
+  member.wait();
 }
 
 // Sets a group's weight gradients to zero.
@@ -133,14 +134,14 @@ PDARTS_INLINE void finish_pointwise(const Task& t, const Branch& b, const float*
                [&](int64_t j, float v) { b.grad_pointwise[row * t.in_channels + j] = v; });
 }
 
-// Weight gradients of every branch: all threads of a team call it.
+// Weight gradients of every branch: all threads call it after their groups.
 template <class E>
-PDARTS_SHARED void finish_backward(const Task& t, const BackwardBranch<E>* all) {
-#pragma omp for schedule(dynamic, 1)
-  for (int64_t i = 0; i < t.num_branches; ++i) {
+PDARTS_SHARED void finish_backward(const Task& t, const BackwardBranch<E>* all, Member& member) {
+  member.wait();
+  each(member, t.num_branches, 1, [&](int64_t i) {
     if (all[i].grad_pointwise) finish_pointwise(t, t.branches[i], all[i].grad_pointwise);
     if (all[i].grad_depthwise) finish_depthwise(t, t.branches[i], all[i].grad_depthwise);
-  }
+  });
 }
 
 // dy [pixels, C] = coef[0] * grad + coef[1] * y + coef[2], for pixels from `first` of the batch.

@@ -1,6 +1,7 @@
 // The C interface of the library: which variants this processor runs, and calling one: a primitive,
 // a whole pass of a cell, a draw of masks; and running statistics.
 #include "cell.h"
+#include "team.h"
 
 #if defined(PDARTS_HAS_AMX) && defined(__linux__)
 #include <cpuid.h>
@@ -132,13 +133,21 @@ int64_t pdarts_run_cells(int64_t index, int64_t backward, const pdarts::CellTask
                          int64_t count) {
   pdarts::Entry entries[pdarts::kMostVariants];
   if (index < 0 || index >= pdarts::list(entries) || !entries[index].runs) return 1;
-  const pdarts::Variant& variant = *entries[index].variant;
-  for (int64_t i = 0; i < count; ++i) {
-    if (backward)
-      pdarts::cell_backward(cells[count - 1 - i], variant);
-    else
-      pdarts::cell_forward(cells[i], variant);
-  }
+  struct Pass {
+    const pdarts::Variant& variant;
+    const pdarts::CellTask* cells;
+    int64_t count, backward;
+  } pass{*entries[index].variant, cells, count, backward};
+  const auto run = [](void* data) {
+    const Pass& p = *static_cast<Pass*>(data);
+    for (int64_t i = 0; i < p.count; ++i) {
+      if (p.backward)
+        pdarts::cell_backward(p.cells[p.count - 1 - i], p.variant);
+      else
+        pdarts::cell_forward(p.cells[i], p.variant);
+    }
+  };
+  if (count > 0) pdarts::with_team(cells[0].threads, run, &pass);
   return 0;
 }
 

@@ -355,21 +355,19 @@ template <class T>
 void run(const Task& t) {
   const auto* packed = prepare_backward<Operand<T>>(t, shared_scratch);
   const Sizes sizes = sizes_of(t);
-#pragma omp parallel num_threads(static_cast<int>(t.threads))
-  {
+  parallel(t.threads, [&](Member& member) {
     [[maybe_unused]] Tiles tiles;
     const Work work = make_work(t, sizes, local_scratch);
-    pack_backward(t, packed);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t group = 0; group < t.groups; ++group) {
+    pack_backward(t, packed, member);
+    each(member, t.groups, 1, [&](int64_t group) {
       begin_group(t, packed, group);
       const Range range = group_range(t, group);
       for (int64_t n = range.begin; n < range.end; ++n)
         image_backward<T>(t, sizes, packed, group, n, work);
-    }
+    });
     end_streams();
-    finish_backward(t, packed);
-  }
+    finish_backward(t, packed, member);
+  });
 }
 
 }  // namespace

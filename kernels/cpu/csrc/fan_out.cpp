@@ -5,6 +5,7 @@
 // Both write, into sums [2, C], mean and biased variance of every y. Backward: fan_in, mid.
 #include "depthwise.h"
 #include "gather.h"
+#include "parallel.h"
 #include "pooling.h"
 #include "primitives.h"
 #include "statistics.h"
@@ -48,22 +49,22 @@ Packed<E>* prepare(const Task& t, Scratch& scratch) {
   return packed;
 }
 
-// Packs the weights of every branch: all threads of a team call it and leave it together.
+// Packs the weights of every branch: all threads call it and leave it together.
 template <class E>
-void pack(const Task& t, const Packed<E>* packed) {
-#pragma omp for schedule(dynamic, 1)
-  for (int64_t i = 0; i < t.num_branches; ++i) {
+void pack(const Task& t, const Packed<E>* packed, Member& member) {
+  each(member, t.num_branches, 1, [&](int64_t i) {
     const Branch& b = t.branches[i];
     const Packed<E>& p = packed[i];
     std::memset(p.moments, 0, static_cast<size_t>(t.groups * 2 * t.channels) * sizeof(double));
-    if (!has_product(b)) continue;
+    if (!has_product(b)) return;
     const int64_t depth = depth_of(t, b);
     if (b.kind == kFactorized) expand_weights(t, b, p.expanded);
     pack_panels(b.kind == kFactorized ? p.expanded : b.pointwise, 1, depth, depth, t.channels,
                 p.pointwise);
     if (b.kind == kConv)
       pack_depthwise(b.depthwise, t.channels, b.kernel * b.kernel, false, p.depthwise);
-  }
+  });
+  member.wait();
 }
 
 int64_t shared_bytes(const Task& t) {
@@ -181,8 +182,7 @@ void run(const Task& t, bool second) {
   const int64_t room_floats = operand_floats(chunk_pixels(t), max_depth(t));
   bool any_conv = false;
   for (int64_t i = 0; i < t.num_branches; ++i) any_conv |= t.branches[i].kind == kConv;
-#pragma omp parallel num_threads(static_cast<int>(t.threads))
-  {
+  parallel(t.threads, [&](Member& member) {
     [[maybe_unused]] Tiles tiles;
     Scratch& local = local_scratch;
     const int64_t plane_floats = any_conv ? Plane::floats(height, width, padding, blocks) : 0;
@@ -192,9 +192,8 @@ void run(const Task& t, bool second) {
         any_conv ? Plane::make(local, height, width, padding, blocks) : Plane{};
     float* room = local.take<float>(room_floats);
     T* fresh = local.take<T>(chunk_pixels(t) * t.channels);
-    pack(t, packed);
-#pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t g = 0; g < t.groups; ++g) {
+    pack(t, packed, member);
+    each(member, t.groups, 1, [&](int64_t g) {
       const Range range = group_range(t, g);
       for (int64_t n = range.begin; n < range.end; ++n) {
         const T* image = static_cast<const T*>(t.x) + n * pixels * t.x_stride;
@@ -219,9 +218,9 @@ void run(const Task& t, bool second) {
                        moments);
         }
       }
-    }
+    });
     end_streams();
-  }
+  });
   finish(t, packed);
 }
 

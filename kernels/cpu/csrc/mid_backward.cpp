@@ -99,8 +99,7 @@ void run(const Task& t) {
   std::memset(partial, 0, static_cast<size_t>(t.groups * columns) * sizeof(double));
   const int64_t plane_floats = Plane::floats(t.out_height, t.out_width, padding, blocks);
   const int64_t chunk_floats = operand_floats(chunk_pixels(t), channels);
-#pragma omp parallel num_threads(static_cast<int>(t.threads))
-  {
+  parallel(t.threads, [&](Member& member) {
     [[maybe_unused]] Tiles tiles;
     Scratch& local = local_scratch;
     local.reset(2 * Scratch::bytes_for<float>(plane_floats) +
@@ -112,9 +111,8 @@ void run(const Task& t) {
     pixel_places(grad, places);
     float* dy = local.take<float>(chunk_floats);
     float* a = local.take<float>(chunk_floats);
-    pack_backward(t, packed);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t group = 0; group < t.groups; ++group) {
+    pack_backward(t, packed, member);
+    each(member, t.groups, 1, [&](int64_t group) {
       begin_group(t, packed, group);
       const Range range = group_range(t, group);
       for (int64_t n = range.begin; n < range.end; ++n)
@@ -122,10 +120,10 @@ void run(const Task& t) {
           image_backward<T>(t, t.branches[i], packed[i], group, n, next_branch(t, group, i, n), v,
                             grad, places, dy, a,
                             partial + group * columns + i * 2 * channels);
-    }
+    });
     end_streams();
-    finish_backward(t, packed);
-  }
+    finish_backward(t, packed, member);
+  });
   for (int64_t i = 0; i < t.num_branches; ++i)
     for (int64_t c = 0; c < 2 * channels; ++c) {
       double sum = 0.0;

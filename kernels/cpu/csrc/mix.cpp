@@ -3,6 +3,7 @@
 // affine: out = x * scale + shift, in place, for the cell's normalised inputs.
 #include "dropout.h"
 #include "operand.h"
+#include "parallel.h"
 #include "primitives.h"
 
 namespace pdarts {
@@ -10,7 +11,7 @@ namespace PDARTS_VARIANT {
 
 namespace {
 
-thread_local Scratch local_scratch;
+thread_local Scratch shared_scratch, local_scratch;
 
 // Numbers of rows that are summed together: a run of every operand long enough for the prefetcher, a
 // sum that stays in the first-level cache.
@@ -95,17 +96,15 @@ void run_mix(const Task& t) {
   const int64_t channels = t.channels, width = t.out_width;
   const int64_t rows = rows_per_run(t, kRun), run = rows * width;
   const int64_t runs = (t.out_height + rows - 1) / rows;
-  const Entrants all(t);
-#pragma omp parallel num_threads(static_cast<int>(t.threads))
-  {
+  const Entrants all(t, shared_scratch);
+  parallel(t.threads, [&](Member& member) {
     Scratch& local = local_scratch;
     const int64_t factor_floats = dropout_floats(run * channels) + channels + V;
     local.reset(Scratch::bytes_for<float>(run * channels) + Scratch::bytes_for<float>(factor_floats));
     float* total = local.take<float>(run * channels);
     float* factors = local.take<float>(factor_floats);
     std::memset(factors, 0, static_cast<size_t>(factor_floats) * sizeof(float));
-#pragma omp for schedule(dynamic, 8)
-    for (int64_t r = 0; r < t.images * runs; ++r) {
+    each(member, t.images * runs, 8, [&](int64_t r) {
       const int64_t n = r / runs, begin = r % runs * rows, end = min_of(begin + rows, t.out_height);
       const int64_t first = (n * t.out_height + begin) * width, pixels = (end - begin) * width;
       for (int64_t p = 0; p < pixels; ++p)
@@ -122,8 +121,8 @@ void run_mix(const Task& t) {
       for (int64_t p = 0; p < pixels; ++p)
         for (int64_t c = 0; c < channels; c += V)
           store(out + p * t.out_stride + c, load(total + p * channels + c));
-    }
-  }
+    });
+  });
 }
 
 template <class T>
@@ -132,12 +131,14 @@ void run_affine(const Task& t) {
   const float* scale = t.branches[0].scale;
   const float* shift = t.branches[0].shift;
   T* y = static_cast<T*>(t.out);
-#pragma omp parallel for schedule(static) num_threads(static_cast<int>(t.threads))
-  for (int64_t p = 0; p < all; ++p)
-    for (int64_t c = 0; c < channels; c += V) {
-      T* o = y + p * channels + c;
-      store(o, load(o) * load(scale + c) + load(shift + c));
-    }
+  parallel(t.threads, [&](Member& member) {
+    each(member, all, kRun / channels + 1, [&](int64_t p) {
+      for (int64_t c = 0; c < channels; c += V) {
+        T* o = y + p * channels + c;
+        store(o, load(o) * load(scale + c) + load(shift + c));
+      }
+    });
+  });
 }
 
 }  // namespace

@@ -1,9 +1,8 @@
 // What enters a node, as mix and reduce read it: y of an operation, or x of a skip.
 #pragma once
 
-#include <vector>
-
 #include "pooling.h"
+#include "scratch.h"
 
 namespace pdarts {
 namespace PDARTS_VARIANT {
@@ -73,28 +72,45 @@ PDARTS_INLINE void with_pools(const Pools& pools, F f) {
 // What enters a node, by how it is read, in the order in which it is summed: pools come at the same
 // place whether they are stored or not.
 struct Entrants {
-  std::vector<const Branch*> dropped;  // with dropout
-  std::vector<Pools> pools;            // computed anew
-  std::vector<const Branch*> plain;    // as it is
+  template <class X>
+  struct List {
+    X* first;
+    int64_t count = 0;
 
-  explicit Entrants(const Task& t) {
+    void add(X x) { first[count++] = x; }
+    X* begin() const { return first; }
+    X* end() const { return first + count; }
+  };
+
+  List<const Branch*> dropped;  // with dropout
+  List<Pools> pools;            // computed anew
+  List<const Branch*> plain;    // as it is
+
+  // The lists lie in `room`.
+  Entrants(const Task& t, Scratch& room) {
+    const int64_t most = t.num_branches;
+    room.reset(2 * Scratch::bytes_for<const Branch*>(most) + Scratch::bytes_for<Pools>(most));
+    dropped.first = room.take<const Branch*>(most);
+    pools.first = room.take<Pools>(most);
+    plain.first = room.take<const Branch*>(most);
     for (int64_t i = 0; i < t.num_branches; ++i)
       if (is_pool(t.branches[i].kind)) add_pool(t.branches[i]);
     for (int64_t i = 0; i < t.num_branches; ++i) {
       const Branch& b = t.branches[i];
       if (is_pool(b.kind)) continue;
       const bool drops = b.kind == kSkip && (b.mask || b.stream >= 0);
-      (drops ? dropped : plain).push_back(&b);
+      (drops ? dropped : plain).add(&b);
     }
   }
 
  private:
   void add_pool(const Branch& b) {
-    if (!is_recomputed(b)) return plain.push_back(&b);
+    if (!is_recomputed(b)) return plain.add(&b);
     for (Pools& some : pools)
       if (some.take(b)) return;
-    pools.push_back({});
-    pools.back().take(b);
+    Pools some{};
+    some.take(b);
+    pools.add(some);
   }
 };
 
@@ -109,7 +125,7 @@ PDARTS_INLINE void together(const Branch* const* first, int64_t left, F f) {
 
 template <class F>
 PDARTS_INLINE void together(const Entrants& all, F f) {
-  together(all.plain.data(), static_cast<int64_t>(all.plain.size()), f);
+  together(all.plain.first, all.plain.count, f);
 }
 
 }  // namespace PDARTS_VARIANT

@@ -5,6 +5,7 @@
 // means of the BatchNorm backward.
 #include "dropout.h"
 #include "operand.h"
+#include "parallel.h"
 #include "primitives.h"
 #include "statistics.h"
 
@@ -13,7 +14,7 @@ namespace PDARTS_VARIANT {
 
 namespace {
 
-thread_local Scratch shared_scratch, local_scratch;
+thread_local Scratch shared_scratch, entrants_scratch, local_scratch;
 
 // Floats of the gradient that are used for all branches while they are in cache.
 constexpr int64_t kRun = 4096;
@@ -163,23 +164,21 @@ void run(const Task& t) {
   shared.reset(Scratch::bytes_for<double>(t.groups * columns));
   double* partial = shared.take<double>(t.groups * columns);
   std::memset(partial, 0, static_cast<size_t>(t.groups * columns) * sizeof(double));
-  const Entrants all(t);
-#pragma omp parallel num_threads(static_cast<int>(t.threads))
-  {
+  const Entrants all(t, entrants_scratch);
+  parallel(t.threads, [&](Member& member) {
     Scratch& local = local_scratch;
     const int64_t factor_floats = dropout_floats(step * channels) + channels + V;
     local.reset(Scratch::bytes_for<float>(factor_floats));
     float* factors = local.take<float>(factor_floats);
     std::memset(factors, 0, static_cast<size_t>(factor_floats) * sizeof(float));
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t group = 0; group < t.groups; ++group) {
+    each(member, t.groups, 1, [&](int64_t group) {
       const Range range = group_range(t, group);
       double* total = partial + group * columns;
       for (int64_t n = range.begin; n < range.end; ++n)
         for (int64_t begin = 0; begin < t.out_height; begin += rows)
           run_sums<T>(t, all, n, begin, min_of(begin + rows, t.out_height), factors, total);
-    }
-  }
+    });
+  });
   for (int64_t i = 0; i <= t.num_branches; ++i) {
     double* out = i == 0 ? t.sums : t.branches[i - 1].sums;
     for (int64_t c = 0; c < channels; ++c) {
