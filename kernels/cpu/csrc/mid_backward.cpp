@@ -15,18 +15,19 @@ namespace {
 
 thread_local Scratch shared_scratch, sums_scratch, local_scratch;
 
-// dv of output rows [begin, end) of image n, its sums into `total` [2, C]. `a` holds a chunk; `ahead`
-// is what the next branch reads first.
+// dv of output rows [begin, end) of image n, its sums into `total` [2, C]. `a` and `room` hold a chunk;
+// `ahead` is what the next branch reads first.
 template <class T>
 void input_gradient(const Task& t, const Branch& b, const Packed<T>& packed,
                     int64_t n,
                     int64_t begin, int64_t end, const Ahead& ahead, const Plane& v,
-                    const Plane& grad, float* a, double* total) {
+                    const Plane& grad, float* a, float* room, double* total) {
   const int64_t channels = t.channels, width = t.out_width, blocks = channels / V;
   T* out = static_cast<T*>(b.grad_input) + (n * t.out_height + begin) * width * channels;
+  T* fresh = reinterpret_cast<T*>(room);
   // The stride of a second half is 1, so its transposed convolution is one with turned kernels.
   depthwise_chunk(b, grad, packed.flipped, channels, begin, end, width, a);
-  const bool past = can_stream(out);
+  const bool past = kWholeLines<T> && can_stream(out);
   for (int64_t block = 0; block < blocks; ++block) {
     int64_t at = block * V;
     // Pixels alternate between chains of sums: a chain waits for its last addition.
@@ -37,7 +38,7 @@ void input_gradient(const Task& t, const Branch& b, const Packed<T>& packed,
       ahead.ask(row * width + column, block);
       // Sums are of what is stored, so that means cancel exactly in the first half.
       const Vec dv = as_stored<T>(masked(load(a + at), forward));
-      past ? stream(out + at, dv) : store(out + at, dv);
+      past ? stream(out + at, dv) : store(fresh + at, dv);
       sum[chain] += dv;
       product[chain] += dv * forward;
       at += channels;
@@ -56,6 +57,7 @@ void input_gradient(const Task& t, const Branch& b, const Packed<T>& packed,
     add_sums(total + block * V, chunk[0], V);
     add_sums(total + channels + block * V, chunk[1], V);
   }
+  if (!past) write_out(out, fresh, (end - begin) * width * channels);
 }
 
 template <class T>
@@ -79,7 +81,7 @@ void image_backward(const Task& t, const Branch& b, const Packed<T>& packed,
                                 following.input_stride);
   for (int64_t begin = 0; begin < t.out_height; begin += rows)
     input_gradient<T>(t, b, packed, n, begin, min_of(t.out_height, begin + rows), ahead, v, grad,
-                      a, total);
+                      a, dy, total);
   weights_backward(t, b, packed, group, v, grad);
 }
 

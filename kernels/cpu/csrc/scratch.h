@@ -119,16 +119,14 @@ PDARTS_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 PDARTS_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // to [count] = from, which nobody needs soon: past the caches where that is possible.
-PDARTS_INLINE void write_out(float* to, const float* from, int64_t count) {
-  if (reinterpret_cast<uintptr_t>(to) % (V * sizeof(float)) != 0) {
-    for (int64_t i = 0; i < count; i += V) store(to + i, load(from + i));
-    return;
-  }
-  for (int64_t i = 0; i < count; i += V) stream(to + i, load(from + i));
-}
-
-PDARTS_INLINE void write_out(BFloat* to, const BFloat* from, int64_t count) {
-  std::memcpy(to, from, static_cast<size_t>(count) * sizeof(BFloat));
+template <class T>
+PDARTS_INLINE void write_out(T* to, const T* from, int64_t count) {
+  constexpr int64_t kNumbers = V * static_cast<int64_t>(sizeof(float) / sizeof(T));
+  int64_t i = 0;
+  if (can_stream(to))
+    for (; i + kNumbers <= count; i += kNumbers)
+      stream(reinterpret_cast<float*>(to + i), load(reinterpret_cast<const float*>(from + i)));
+  std::memcpy(to + i, from + i, static_cast<size_t>(count - i) * sizeof(T));
 }
 
 // plane = f(pixel, channel block) over every pixel of the image.

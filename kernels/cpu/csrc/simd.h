@@ -57,6 +57,13 @@ PDARTS_INLINE Vec load(const float* p) { return *reinterpret_cast<const Unaligne
 PDARTS_INLINE void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
 
 PDARTS_INLINE Vec load(const BFloat* p) {
+#if defined(__AVX512BW__) && PDARTS_WIDTH == 16
+  // Each number into the upper half of its lane in one step: to widen and to shift are two.
+  const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  const __m512i places = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6,
+                                          0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
+  return (Vec)_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, places, twice);
+#endif
   const Half h = *reinterpret_cast<const UnalignedHalf*>(p);
   return (Vec)(__builtin_convertvector(h, Bits) << 16);
 }
@@ -124,8 +131,12 @@ PDARTS_INLINE void stream(float* p, Vec v) {
 #endif
 }
 
-// bfloat16 rows are half a line: they go through the caches.
+// A vector of bfloat16 is half a line, and half a line is slow to write past the caches.
 PDARTS_INLINE void stream(BFloat* p, Vec v) { store(p, v); }
+
+// Whether `stream` writes past the caches; `write_out` of scratch.h does for all types.
+template <class T>
+constexpr bool kWholeLines = sizeof(T) == sizeof(float);
 
 // Whether `stream` may write from p on, and at whole vectors from there.
 PDARTS_INLINE bool can_stream(const void* p) {
