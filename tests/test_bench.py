@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import time
 import weakref
 from pathlib import Path
 
@@ -60,6 +61,20 @@ def test_amp_steps_compute_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     for rival in made.values():
         rivals.own_steps(rival, run.SearchConfig())
     assert seen == [False, True]
+
+
+def test_a_turn_lasts_as_long_as_asked_and_counts_the_mean_of_its_calls() -> None:
+    calls = {"short": 0, "long": 0}
+
+    def wait(name: str, seconds: float) -> None:
+        calls[name] += 1
+        time.sleep(seconds)
+
+    rivals = {"short": lambda: wait("short", 0.004), "long": lambda: wait("long", 0.04)}
+    timings = measure.interleaved(rivals, repeats=2, turn=0.03)
+    assert calls["long"] == 3
+    assert 5 <= calls["short"] <= 17
+    assert 0.004 <= timings["short"].median < 0.03 <= timings["long"].median
 
 
 def test_measuring_what_is_saved_keeps_nothing() -> None:

@@ -22,23 +22,29 @@ class Timing:
     repeats: int
 
 
-def interleaved(rivals: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
+def interleaved(
+    rivals: Mapping[str, Callable[[], object]], repeats: int, turn: float = 0.0
+) -> dict[str, Timing]:
     """Times rivals in turns, after one call of each to warm up.
 
-    A busy neighbour then slows all of them and not one.
+    A busy neighbour then slows all of them and not one. With a ``turn`` short calls follow one
+    another as in training, and do not each find the caches as a long call of another left them.
 
     Args:
         rivals: Calls by name.
         repeats: Rounds.
+        turn: Seconds that a turn lasts at least; the mean of its calls counts.
     """
     for call in rivals.values():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     for _ in range(repeats):
         for name, call in rivals.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
+            start, calls, spent = time.perf_counter(), 0, 0.0
+            while calls == 0 or spent < turn:
+                call()
+                calls, spent = calls + 1, time.perf_counter() - start
+            seconds[name].append(spent / calls)
     return {
         name: Timing(min(values), statistics.median(values), repeats)
         for name, values in seconds.items()

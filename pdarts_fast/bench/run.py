@@ -31,6 +31,9 @@ STEPS, WEIGHT_EPOCHS, BOTH_EPOCHS, BATCH = 261, 10, 15, 96
 # for backward.
 _MEMORY_FACTOR = 1.9
 
+# Seconds of a turn: calls of the published graph take longer, those of the fused cells repeat.
+_TURN = 1.0
+
 
 @dataclass(frozen=True)
 class BenchOptions:
@@ -92,7 +95,8 @@ def _stage(options: BenchOptions, stage: int, batch: int, repeats: int) -> dict[
     own = made[options.backend]
     saved = {name: measure.saved_bytes(r.network, r.loss) for name, r in made.items()}
     calls = {name: rival.forward_backward for name, rival in made.items()}
-    passes = measure.interleaved(calls, repeats)
+    turn = 0.0 if options.quick else _TURN
+    passes = measure.interleaved(calls, repeats, turn)
     config = SearchConfig()
     alpha, weight = rivals.own_steps(own, config)
     amp_alpha, amp_weight = rivals.own_steps(made[f"{options.backend} amp"], config)
@@ -111,7 +115,7 @@ def _stage(options: BenchOptions, stage: int, batch: int, repeats: int) -> dict[
     if with_published and not options.quick:
         published = rivals.published_bilevel(made[rivals.PUBLISHED], config)
         steps["published bilevel step"] = published
-    timed = measure.interleaved(steps, repeats)
+    timed = measure.interleaved(steps, repeats, turn)
     for parameter in own.network.parameters():
         parameter.requires_grad_(True)
     with fused.primitive_by_primitive(options.backend):
