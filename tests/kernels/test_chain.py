@@ -106,16 +106,17 @@ def test_is_the_same_at_any_number_of_threads(ways: list[bool]) -> None:
     found = []
     before = torch.get_num_threads()
     try:
-        for threads in (1, 2, 3):
+        # More threads than a machine has cores wait for one another asleep.
+        for threads in (1, 2, 3, 32):
             torch.set_num_threads(threads)
             values = step(network(), *batch(8, 16, 16))
             # What torch computes itself, the classifier, may depend on threads.
             found.append({k: v for k, v in values.items() if k.startswith(("cells", "alphas"))})
     finally:
         torch.set_num_threads(before)
-    assert ways == [True] * 6
-    assert_equal(found[1], found[0])
-    assert_equal(found[2], found[0])
+    assert ways == [True] * 8
+    for other in found[1:]:
+        assert_equal(other, found[0])
 
 
 def freeze_weights(net: Network) -> None:

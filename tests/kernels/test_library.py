@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,3 +128,21 @@ def test_the_wide_code_passes_the_cell_tests(tmp_path: Path, width: int) -> None
         timeout=900,
     )
     assert found.returncode == 0, found.stdout[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(compiler.find_compiler() is None, reason="needs a C++ compiler: install g++")
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm: install binutils")
+@pytest.mark.parametrize("source", compiler.PRIMITIVES)
+def test_no_code_of_a_variant_is_shared_with_another(source: str, tmp_path: Path) -> None:
+    """Of functions of one name the linker keeps one, compiled for any processor."""
+    variant = next((v for v in compiler.variants() if v.name == "avx2"), None)
+    if variant is None:
+        pytest.skip("needs x86-64")
+    names = [f"-DPDARTS_VARIANT={variant.name}", f"-DPDARTS_WIDTH={variant.width}"]
+    target = tmp_path / "object.o"
+    command = [*compiler.find_compiler(), *compiler.BASE, *variant.flags, *names]
+    subprocess.run([*command, "-c", compiler.SOURCES / f"{source}.cpp", "-o", target], check=True)
+    listed = subprocess.run(["nm", "-C", target], capture_output=True, text=True, check=True).stdout
+    merged = [line for line in listed.splitlines() if f" {line[17:18]} " in (" W ", " V ", " u ")]
+    assert all(f"pdarts::{variant.name}::" in line for line in merged), merged
