@@ -17,7 +17,7 @@ from pdarts_fast.data import Augmentation, Dataset, ResidentLoader, split_indice
 from pdarts_fast.search_space import CELL_TYPES, all_switches, drop_ops
 from pdarts_fast.supernet import Network
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_search_alphas.json"
+GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("tiny_search_alphas_*.json"))
 # What the golden alphas were computed on: other kernels round differently.
 RECORDED_ON = ("2.14", "AVX512")
 CPU = torch.device("cpu")
@@ -34,18 +34,9 @@ def test_a_tiny_search_gives_the_alphas_of_before_the_strategies(
     """The numbers are those of the program when P-DARTS was its only search."""
     process = processes.run(tiny(tmp_path / "run", "--batch-size", 13), toy=False)
     assert process.status == 0, process.stderr
-    found, golden = (json.loads(x.read_text()) for x in (tmp_path / "run" / "alphas.json", GOLDEN))
-    # Libraries of torch round the last digits differently from processor to processor.
-    assert found == _nearly(golden)
-
-
-def _nearly(value: Any) -> Any:
-    """With numbers that may differ by 1e-6."""
-    if isinstance(value, dict):
-        return {key: _nearly(x) for key, x in value.items()}
-    if isinstance(value, list):
-        return [_nearly(x) for x in value]
-    return pytest.approx(value, abs=1e-6) if isinstance(value, float) else value
+    # On processors of AMD and of Intel the program of that time differs by 2e-9.
+    found = (tmp_path / "run" / "alphas.json").read_bytes()
+    assert found in [file.read_bytes() for file in GOLDEN]
 
 
 def loader(

@@ -85,7 +85,8 @@ class Gate {
 // Atomic operations are in one order for all threads, so that a sleeper is seen by whom it waits for.
 class Team {
  public:
-  explicit Team(int64_t threads) : threads_(threads) {}
+  // Of the leading thread, before its first job: how many threads there are.
+  void lead(int64_t threads) { threads_ = threads; }
 
   // Of the leading thread.
   void run(Job job, void* data) {
@@ -111,8 +112,8 @@ class Team {
         Member member(*this);
         job(data_, member);
       }
-      // The last one frees the leader, which may end the team: no member is touched after that.
-      finish();
+      ++done_;
+      leader_.wake();
       if (!job) return;
     }
   }
@@ -139,12 +140,7 @@ class Team {
     std::atomic<int64_t> next{0};
   };
 
-  void finish() {
-    ++done_;
-    leader_.wake();
-  }
-
-  const int64_t threads_;
+  int64_t threads_ = 1;
   Job job_ = nullptr;
   void* data_ = nullptr;
   Counter counters_[kLoops];
@@ -167,21 +163,19 @@ void Member::wait() { team_.meet(); }
 
 void with_team(int64_t threads, void (*body)(void*), void* data) {
   if (current) return body(data);
-  Team* team = nullptr;
-#pragma omp parallel num_threads(static_cast<int>(threads)) shared(team)
+  Team team;
+#pragma omp parallel num_threads(static_cast<int>(threads))
   {
-#pragma omp single
-    team = new Team(omp_get_num_threads());
     if (omp_get_thread_num() == 0) {
-      current = team;
+      team.lead(omp_get_num_threads());
+      current = &team;
       body(data);
       current = nullptr;
-      team->run(nullptr, nullptr);
+      team.run(nullptr, nullptr);
     } else {
-      team->serve();
+      team.serve();
     }
   }
-  delete team;
 }
 
 void run_job(int64_t threads, Job job, void* data) {
