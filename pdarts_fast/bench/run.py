@@ -42,7 +42,7 @@ class BenchOptions:
     Attributes:
         stages: Of 1, 2, 3.
         batch: Images in a batch.
-        repeats: Rounds in which all rivals take turns.
+        repeats: Rounds in which all rivals take turns of a second or a call.
         backend: Rival of the published graph.
         quick: Batch 8, two rounds, no published bilevel step: minutes instead of an hour.
         accuracy: Compare with float64 too.
