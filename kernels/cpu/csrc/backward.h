@@ -1,7 +1,7 @@
 // What mid_backward and fan_in share: packed weights, partial sums, dy, and the product with W.
 #pragma once
 
-#include "depthwise.h"
+#include "dense.h"
 #include "gather.h"
 #include "parallel.h"
 #include "statistics.h"
@@ -18,6 +18,7 @@ struct BackwardBranch {
   float* expanded;        // W before packing where it is not the parameter
   float* grad_depthwise;  // [groups][C / V][taps][V]
   float* grad_pointwise;  // [groups][C, depth]
+  E* dense;               // W d of the input's gradient, see dense.h
 };
 
 // That of arrays of T.
@@ -49,6 +50,7 @@ PDARTS_INLINE float* group_pointwise(const Task& t, const Branch& b,
   return packed.grad_pointwise + group * t.channels * product_depth(t, b);
 }
 
+template <class E>
 PDARTS_INLINE int64_t backward_bytes(const Task& t) {
   int64_t bytes = Scratch::bytes_for<BackwardBranch<float>>(t.num_branches);
   for (int64_t i = 0; i < t.num_branches; ++i) {
@@ -58,6 +60,7 @@ PDARTS_INLINE int64_t backward_bytes(const Task& t) {
     bytes += 2 * Scratch::bytes_for<float>(taps) + 2 * Scratch::bytes_for<float>(weights);
     bytes += Scratch::bytes_for<float>(t.groups * taps);
     bytes += Scratch::bytes_for<float>(t.groups * weights);
+    bytes += Scratch::bytes_for<E>(dense_numbers(t, b));
   }
   return bytes;
 }
@@ -65,7 +68,7 @@ PDARTS_INLINE int64_t backward_bytes(const Task& t) {
 // Room for what `pack_backward` and the groups write.
 template <class E>
 PDARTS_SHARED BackwardBranch<E>* prepare_backward(const Task& t, Scratch& scratch) {
-  scratch.reset(backward_bytes(t));
+  scratch.reset(backward_bytes<E>(t));
   BackwardBranch<E>* all = scratch.take<BackwardBranch<E>>(t.num_branches);
   for (int64_t i = 0; i < t.num_branches; ++i) {
     const Branch& b = t.branches[i];
@@ -78,6 +81,7 @@ PDARTS_SHARED BackwardBranch<E>* prepare_backward(const Task& t, Scratch& scratc
     if (b.kind != kConv) continue;
     all[i].depthwise = scratch.take<float>(taps);
     all[i].flipped = scratch.take<float>(taps);
+    if (is_dense<E>(t)) all[i].dense = scratch.take<E>(dense_numbers(t, b));
     if (b.grad_depthwise) all[i].grad_depthwise = scratch.take<float>(t.groups * taps);
   }
   return all;
@@ -96,6 +100,10 @@ PDARTS_SHARED void pack_backward(const Task& t, const BackwardBranch<E>* all, Me
     if (b.kind != kConv) return;
     pack_depthwise(b.depthwise, t.channels, taps, false, all[i].depthwise);
     pack_depthwise(b.depthwise, t.channels, taps, true, all[i].flipped);
+#ifdef PDARTS_AMX
+    if constexpr (std::is_same<E, BFloat>::value)
+      if (all[i].dense) pack_dense(b, all[i].flipped, true, all[i].dense);
+#endif
   });
   member.wait();
 }
@@ -175,27 +183,11 @@ PDARTS_INLINE void add_scaled_gradient(const Task& t, const Branch& b, int64_t f
   }
 }
 
-// What output_gradient reads next.
-struct GradientAhead {
-  Ahead grad, y;
+// What output_gradient reads next: a gradient and y.
+using GradientAhead = BothAhead<Ahead, Ahead>;
 
-  PDARTS_INLINE_METHOD void ask(int64_t pixel, int64_t block) const {
-    grad.ask(pixel, block);
-    y.ask(pixel, block);
-  }
-};
-
-// What is read after the last convolution of an image, beside that.
-struct LastAhead {
-  GradientAhead gradient;
-  Ahead incoming, skip;
-
-  PDARTS_INLINE_METHOD void ask(int64_t pixel, int64_t block) const {
-    gradient.ask(pixel, block);
-    incoming.ask(pixel, block);
-    skip.ask(pixel, block);
-  }
-};
+// What is read after the last convolution of an image beside that: an incoming gradient and a skip's.
+using LastAhead = BothAhead<GradientAhead, BothAhead<Ahead, Ahead>>;
 
 template <class T>
 PDARTS_INLINE GradientAhead gradient_ahead(const Task& t, const Branch& b, int64_t pixel) {
@@ -253,7 +245,7 @@ PDARTS_INLINE void pointwise_backward(const Task& t, const Branch& b,
   const int32_t* at = places + begin * width;
   if (incoming || skip) {
     const Ahead first = (incoming ? incoming : skip)->from(begin * width);
-    const LastAhead last{ahead, first, skip ? skip->from(begin * width) : first};
+    const LastAhead last{ahead, {first, skip ? skip->from(begin * width) : first}};
     product_into_plane(dy, pixels, channels, packed.pointwise, at, grad, last);
   } else {
     product_into_plane(dy, pixels, channels, packed.pointwise, at, grad, ahead);
@@ -275,6 +267,79 @@ PDARTS_SHARED void weights_backward(const Task& t, const Branch& b,
                                                  4 * rows_per_chunk(t), out);
   });
 }
+
+#ifdef PDARTS_AMX
+// A thread's arrays for the weight gradients of dense convolutions, an image at a time.
+struct DenseGradients {
+  DensePlanes planes;  // dy
+  BFloat* turned;      // dy [pairs of rows][16][pixels of both]
+  float* moments;      // M
+
+  static int64_t turned_numbers(const Task& t) {
+    return (t.out_height + 3) * tiled_width(t.out_width) * V;
+  }
+
+  static int64_t bytes(const Task& t) {
+    return DensePlanes::bytes(t) + Scratch::bytes_for<BFloat>(turned_numbers(t)) +
+           Scratch::bytes_for<float>(kMostTaps * V * V);
+  }
+
+  static DenseGradients make(const Task& t, Scratch& scratch) {
+    return {DensePlanes::make(t, scratch, false), scratch.take<BFloat>(turned_numbers(t)),
+            scratch.take<float>(kMostTaps * V * V)};
+  }
+};
+
+// dy of a dense convolution of image n into its plane and, unless that is null, turned: tiles of a channel a
+// row, pixels of two rows in turns.
+PDARTS_SHARED void dense_gradient(const Task& t, const Branch& b, int64_t n, const PairedRows& plane,
+                                  BFloat* turned) {
+  const int64_t width = t.out_width, step = b.dilation * width, first_pixel = n * t.out_height * width;
+  const BFloat* grad = static_cast<const BFloat*>(b.grad) + first_pixel * b.grad_stride;
+  const BFloat* y = static_cast<const BFloat*>(b.y) + first_pixel * V;
+  const Vec of_grad = load(b.coef), of_y = load(b.coef + V), constant = load(b.coef + 2 * V);
+  const auto dy = [&](int64_t p) PDARTS_LAMBDA {
+    return of_grad * load(grad + p * b.grad_stride) + of_y * load(y + p * V) + constant;
+  };
+  each_pair(plane, [&](int64_t, int64_t row, int64_t count) {
+    BFloat *first = plane.row(row), *second = plane.row(row + b.dilation);
+    const bool one_line = second == first + V;
+    for (int64_t begin = 0; begin < width; begin += kTileSide) {
+      const int64_t size = min_of(kTileSide, width - begin);
+      __m512i pairs[V], to[V];
+      for (int64_t i = 0; i < kTileSide; ++i) {
+        if (i >= size) {
+          pairs[i] = _mm512_setzero_si512();
+          continue;
+        }
+        const int64_t column = begin + i, p = row * width + column;
+        const __m512i line = as_line(dy(p), count == 2 ? dy(p + step) : Vec{});
+        if (one_line) {
+          _mm512_storeu_si512(first + column * kLine, line);
+        } else {
+          put_line<1>(first + column * kLine, line, false);
+          put_line<1>(second + column * kLine, _mm512_shuffle_i64x2(line, line, 0xee), false);
+        }
+        pairs[i] = in_turns(line);
+      }
+      if (!turned) continue;
+      transpose(pairs, to);
+      PDARTS_UNROLL
+      for (int i = 0; i < V; ++i, turned += kLine) _mm512_storeu_si512(turned, to[i]);
+    }
+  });
+}
+
+// Weight gradients of a dense convolution from its turned dy and the input's planes.
+PDARTS_INLINE void dense_weights(const Task& t, const Branch& b, const BackwardBranch<BFloat>& packed,
+                                 int64_t group, const DensePlanes& input, const DenseGradients& w) {
+  const PairedRows* planes = input.all[b.dilation - 1];
+  b.kernel == 3 ? dense_weights<3>(w.turned, planes, w.moments)
+                : dense_weights<5>(w.turned, planes, w.moments);
+  add_weight_gradients(b, packed.depthwise, w.moments, group_depthwise(t, b, packed, group),
+                       group_pointwise(t, b, packed, group));
+}
+#endif
 
 PDARTS_INLINE int64_t widest_padding(const Task& t) {
   int64_t padding = 0;

@@ -27,18 +27,25 @@ struct Work {
   float* a;       // a chunk
   float* factors;
   int32_t* places;  // of every output pixel in a channel block of grad
+#ifdef PDARTS_AMX
+  DensePlanes input;  // relu(x), two rows in turns
+  DenseGradients dense;
+#endif
 };
 
 struct Sizes {
-  int64_t x, grad, raw, pooled, fresh, dy, a, factors;
+  int64_t x, dx, grad, raw, pooled, fresh, dy, a, factors;
   int64_t padding;
   bool conv;
+  bool dense;    // all convolutions are, see dense.h
   bool strided;  // a convolution of stride 2: it does not reach every pixel
   bool lone;  // one convolution that is a single product, and nothing else
 };
 
+template <class T>
 Sizes sizes_of(const Task& t) {
   Sizes s{};
+  s.dense = is_dense<T>(t);
   s.padding = widest_padding(t);
   int64_t depth = t.channels;
   bool others = false;
@@ -51,8 +58,11 @@ Sizes sizes_of(const Task& t) {
     if (has_weights(b) && product_depth(t, b) > depth) depth = product_depth(t, b);
   }
   const int64_t blocks = t.channels / V, out_pixels = t.out_height * t.out_width;
-  if (s.conv) s.x = Plane::floats(t.in_height, t.in_width, s.padding, blocks);
-  if (s.conv) s.grad = Plane::floats(t.out_height, t.out_width, s.padding, blocks);
+  // A dense convolution writes pairs of rows, in whole tiles.
+  if (s.dense) s.dx = Plane::floats(t.in_height + kLead, tiled_width(t.in_width), 0, blocks);
+  else if (s.conv) s.dx = Plane::floats(t.in_height, t.in_width, s.padding, blocks);
+  if (s.conv && !s.dense) s.x = s.dx;
+  if (s.conv && !s.dense) s.grad = Plane::floats(t.out_height, t.out_width, s.padding, blocks);
   s.lone = t.num_branches == 1 &&
            (t.branches[0].kind == kPointwise || t.branches[0].kind == kPatches);
   others &= !s.lone;
@@ -64,22 +74,31 @@ Sizes sizes_of(const Task& t) {
   return s;
 }
 
+template <class T>
 Work make_work(const Task& t, const Sizes& s, Scratch& local) {
-  const int64_t all[] = {s.x,      s.x,     s.grad, s.raw,    s.pooled,
+  const int64_t all[] = {s.x,      s.dx,    s.grad, s.raw,    s.pooled,
                          s.fresh,  s.dy,    s.a,    s.factors};
   int64_t bytes = 0;
   for (const int64_t count : all) bytes += Scratch::bytes_for<float>(count);
   bytes += Scratch::bytes_for<int32_t>(t.out_height * t.out_width);
+#ifdef PDARTS_AMX
+  if (s.dense) bytes += DensePlanes::bytes(t) + DenseGradients::bytes(t);
+#endif
   local.reset(bytes);
   Work w{};
   const int64_t blocks = t.channels / V;
-  if (s.conv) {
-    w.x = Plane::make(local, t.in_height, t.in_width, s.padding, blocks);
-    w.dx = Plane::make(local, t.in_height, t.in_width, s.padding, blocks);
-    w.grad = Plane::make(local, t.out_height, t.out_width, s.padding, blocks);
-  }
+  if (s.x) w.x = Plane::make(local, t.in_height, t.in_width, s.padding, blocks);
+  if (s.dense) w.dx = Plane::make(local, t.in_height + kLead, tiled_width(t.in_width), 0, blocks);
+  else if (s.dx) w.dx = Plane::make(local, t.in_height, t.in_width, s.padding, blocks);
+  if (s.grad) w.grad = Plane::make(local, t.out_height, t.out_width, s.padding, blocks);
   w.places = local.take<int32_t>(t.out_height * t.out_width);
-  if (s.conv) pixel_places(w.grad, w.places);
+  if (s.grad) pixel_places(w.grad, w.places);
+#ifdef PDARTS_AMX
+  if (s.dense) {
+    w.input = DensePlanes::make(t, local, true);
+    w.dense = DenseGradients::make(t, local);
+  }
+#endif
   w.raw = local.take<float>(s.raw);
   w.pooled = local.take<float>(s.pooled);
   w.fresh = local.take<float>(s.fresh);
@@ -107,10 +126,26 @@ PDARTS_SHARED void add_transposed(const Branch& b, const BackwardBranch<E>& pack
   });
 }
 
+#ifdef PDARTS_AMX
+// Adds the gradient of a dense convolution's input, from its dy, to w.dx, or begins it.
+template <class A>
+PDARTS_INLINE void add_dense(const Task& t, const Branch& b, const Packed<BFloat>& packed, const Work& w,
+                             bool begins, const A& ahead) {
+  const PairedRows& plane = w.dense.planes.of(b);
+  each_pair(plane, [&](int64_t rest, int64_t row, int64_t count) {
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t column = 0; column < t.out_width; ++column)
+        ahead.ask((row + i * b.dilation) * t.out_width + column, 0);
+    // A last row alone has another one, which nobody reads, behind it.
+    dense_rows(b, plane, packed.dense, rest, row, w.dx.at(0, row, 0), w.dx.at(0, row + b.dilation, 0), !begins);
+  });
+}
+#endif
+
 // Adds a depthwise-pointwise convolution to w.dx, or begins it.
 template <class T>
 void conv_backward(const Task& t, const Branch& b, const Packed<T>& packed, int64_t group,
-                   int64_t n, const Next& next, const Work& w, bool first) {
+                   int64_t n, const Next& next, const Work& w, bool begins) {
   const int64_t rows = rows_per_chunk(t), pixels = t.out_height * t.out_width;
   const Ahead* after[2] = {};
   Ahead incoming, skip;
@@ -125,11 +160,25 @@ void conv_backward(const Task& t, const Branch& b, const Packed<T>& packed, int6
                      last.grad_stride);
     after[1] = &skip;
   }
+#ifdef PDARTS_AMX
+  if constexpr (std::is_same<T, BFloat>::value)
+    if (is_dense<T>(t)) {
+      dense_gradient(t, b, n, w.dense.planes.of(b), packed.grad_pointwise ? w.dense.turned : nullptr);
+      WholeTiles whole;
+      if (packed.grad_pointwise) dense_weights(t, b, packed, group, w.input, w.dense);
+      // Nothing is read while the weights' gradients are computed, so all is asked for here.
+      const Ahead* first = after[0] ? after[0] : after[1];
+      const GradientAhead gradient = next_ahead<T>(t, next);
+      if (first) add_dense(t, b, packed, w, begins, LastAhead{gradient, {*first, after[1] ? *after[1] : *first}});
+      else add_dense(t, b, packed, w, begins, gradient);
+      return;
+    }
+#endif
   for (int64_t begin = 0; begin < t.out_height; begin += rows)
     pointwise_backward<T>(t, b, packed, group, n, begin, min_of(t.out_height, begin + rows), next,
                           w.x, w.grad, w.places, operands<T>(w.dy), operands<T>(w.a), after[0],
                           after[1]);
-  add_transposed(b, packed, t.channels / V, w.grad, w.dx, first);
+  add_transposed(b, packed, t.channels / V, w.grad, w.dx, begins);
   weights_backward(t, b, packed, group, w.x, w.grad);
 }
 
@@ -325,10 +374,19 @@ void image_backward(const Task& t, const Sizes& s, const Packed<T>* packed, int6
                     int64_t n, const Work& w) {
   const T* image = static_cast<const T*>(t.x) + n * t.in_height * t.in_width * t.x_stride;
   if (s.lone) return pointwise_image(t, packed[0], group, n, image, w);
-  if (s.conv) {
-    fill(w.x, t.channels / V, [&](int64_t p, int64_t block) {
-      return relu(load(image + p * t.x_stride + block * V));
+  const auto input = [&](int64_t p, int64_t block) PDARTS_LAMBDA {
+    return relu(load(image + p * t.x_stride + block * V));
+  };
+#ifdef PDARTS_AMX
+  bool weights = false;
+  for (int64_t i = 0; i < t.num_branches; ++i) weights |= t.branches[i].grad_depthwise != nullptr;
+  if (s.dense && weights)
+    w.input.each([&](const PairedRows* early, const PairedRows* late) {
+      fill_in_turns(*early, *late, [&](int64_t p) PDARTS_LAMBDA { return input(p, 0); });
     });
+#endif
+  if (s.conv) {
+    if (!s.dense) fill(w.x, t.channels / V, input);
     if (s.strided) std::memset(w.dx.data, 0, static_cast<size_t>(s.x) * sizeof(float));
   }
   bool begins = !s.strided;
@@ -354,10 +412,10 @@ void image_backward(const Task& t, const Sizes& s, const Packed<T>* packed, int6
 template <class T>
 void run(const Task& t) {
   const auto* packed = prepare_backward<Operand<T>>(t, shared_scratch);
-  const Sizes sizes = sizes_of(t);
+  const Sizes sizes = sizes_of<T>(t);
   parallel(t.threads, [&](Member& member) {
     [[maybe_unused]] Tiles tiles;
-    const Work work = make_work(t, sizes, local_scratch);
+    const Work work = make_work<T>(t, sizes, local_scratch);
     pack_backward(t, packed, member);
     each(member, t.groups, 1, [&](int64_t group) {
       begin_group(t, packed, group);

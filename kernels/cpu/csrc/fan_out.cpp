@@ -3,6 +3,7 @@
 // mid: the second half of separable convolutions, input v = relu(input * scale + shift).
 //   y = W depthwise(v)
 // Both write, into sums [2, C], mean and biased variance of every y. Backward: fan_in, mid.
+#include "dense.h"
 #include "depthwise.h"
 #include "gather.h"
 #include "parallel.h"
@@ -24,6 +25,7 @@ struct Packed {
   E* pointwise;
   float* expanded;  // the pointwise weights before packing where they are not the parameter
   double* moments;  // [groups, 2, C]
+  E* dense;         // see dense.h
 };
 
 int64_t depth_of(const Task& t, const Branch& b) {
@@ -45,6 +47,7 @@ Packed<E>* prepare(const Task& t, Scratch& scratch) {
     p.pointwise = scratch.take<E>(depth_of(t, b) * t.channels);
     if (b.kind == kFactorized) p.expanded = scratch.take<float>(depth_of(t, b) * t.channels);
     if (b.kind == kConv) p.depthwise = scratch.take<float>(t.channels * b.kernel * b.kernel);
+    if (is_dense<E>(t)) p.dense = scratch.take<E>(dense_numbers(t, b));
   }
   return packed;
 }
@@ -63,6 +66,10 @@ void pack(const Task& t, const Packed<E>* packed, Member& member) {
                 p.pointwise);
     if (b.kind == kConv)
       pack_depthwise(b.depthwise, t.channels, b.kernel * b.kernel, false, p.depthwise);
+#ifdef PDARTS_AMX
+    if constexpr (std::is_same<E, BFloat>::value)
+      if (p.dense) pack_dense(b, p.depthwise, false, p.dense);
+#endif
   });
   member.wait();
 }
@@ -70,7 +77,7 @@ void pack(const Task& t, const Packed<E>* packed, Member& member) {
 int64_t shared_bytes(const Task& t) {
   int64_t bytes = Scratch::bytes_for<Packed<float>>(t.num_branches);
   for (int64_t i = 0; i < t.num_branches; ++i)
-    bytes += Scratch::bytes_for<double>(t.groups * 2 * t.channels) +
+    bytes += Scratch::bytes_for<BFloat>(dense_numbers(t, t.branches[i])) + Scratch::bytes_for<double>(t.groups * 2 * t.channels) +
              2 * Scratch::bytes_for<float>(depth_of(t, t.branches[i]) * t.channels) +
              Scratch::bytes_for<float>(t.channels * 25);
   return bytes;
@@ -95,42 +102,71 @@ int64_t max_depth(const Task& t) {
 
 // Output rows [begin, end) of one image of one branch; `room` is for the chunk's matrix or the lines
 // of a pool, `fresh` for its outputs while they are in cache. `ahead` is the image that is read next.
+// Numbers of a chunk that `finish_chunk` reads: it rounds whole lines of bfloat16 at a time.
+#ifdef PDARTS_BF16
+template <class T>
+using Fresh = float;
+#else
+template <class T>
+using Fresh = T;
+#endif
+
 template <class T>
 void branch_rows(const Task& t, const Branch& b, const Packed<Operand<T>>& packed,
                  const Plane& plane, const T* image, const Ahead& ahead, int64_t begin,
-                 int64_t end, float* room,
-                 T* fresh, T* y, Moments& moments) {
+                 int64_t end, float* room, Fresh<T>* fresh, T* y, Moments& moments) {
   const int64_t channels = t.channels, width = t.out_width;
   const int64_t pixels = (end - begin) * width;
+  if (y) y += begin * width * channels;
   if (!has_product(b)) {
-    store_pool(t, b, image, begin, end, fresh);
-  } else {
-    const int64_t depth = depth_of(t, b);
-    Operand<T>* a = operands<T>(room);
-    if (b.kind == kConv) {
-      depthwise_chunk(b, plane, packed.depthwise, channels, begin, end, width, a);
-    } else {
-      gather(t, b, image, begin, end, a);
-    }
-    // A 1x1 convolution reads the pixels that follow, of which it has depth / C lines each.
-    const bool follows = b.kind == kPointwise;
-    const int64_t lines = follows ? max_of(depth / channels, 1) : 1;
-    const Ahead next = follows ? Ahead::of(image + end * width * t.x_stride, t.x_stride)
-                               : ahead.from(begin * width);
-    product(a, depth, pixels, depth, packed.pointwise, channels,
-            [&](int64_t p, int64_t block, Vec v) {
-              for (int64_t line = 0; line < lines; ++line) next.ask(p, block * lines + line);
-              store(fresh + p * channels + block * V, v);
-            });
+    T* stored = reinterpret_cast<T*>(fresh);
+    store_pool(t, b, image, begin, end, stored);
+    return finish_chunk(moments, stored, pixels, channels, y);
   }
-  add_chunk(moments, fresh, pixels, channels);
-  if (y) write_out(y + begin * width * channels, fresh, pixels * channels);
+  const int64_t depth = depth_of(t, b);
+  Operand<T>* a = operands<T>(room);
+  if (b.kind == kConv) {
+    depthwise_chunk(b, plane, packed.depthwise, channels, begin, end, width, a);
+  } else {
+    gather(t, b, image, begin, end, a);
+  }
+  // A 1x1 convolution reads the pixels that follow, of which it has depth / C lines each.
+  const bool follows = b.kind == kPointwise;
+  const int64_t lines = follows ? max_of(depth / channels, 1) : 1;
+  const Ahead next = follows ? Ahead::of(image + end * width * t.x_stride, t.x_stride)
+                             : ahead.from(begin * width);
+  product(a, depth, pixels, depth, packed.pointwise, channels, [&](int64_t p, int64_t block, Vec v) {
+    for (int64_t line = 0; line < lines; ++line) next.ask(p, block * lines + line);
+    store(fresh + p * channels + block * V, v);
+  });
+  finish_chunk(moments, fresh, pixels, channels, y);
 }
+
+#ifdef PDARTS_AMX
+// The same for an image of a dense convolution; `sums` is a pair of rows.
+void dense_branch(const Task& t, const Branch& b, const Packed<BFloat>& packed, const DensePlanes& planes,
+                  const Ahead& ahead, int64_t n, float* sums, Moments& moments) {
+  const int64_t width = t.out_width, tiled = tiled_width(width) * V;
+  const PairedRows& plane = planes.of(b);
+  BFloat* y = b.y ? static_cast<BFloat*>(b.y) + n * t.out_height * width * V : nullptr;
+  const auto out = [&](int64_t row) { return y ? y + row * width * V : nullptr; };
+  WholeTiles whole;
+  each_pair(plane, [&](int64_t rest, int64_t row, int64_t count) {
+    dense_rows(b, plane, packed.dense, rest, row, sums, sums + tiled, false);
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t column = 0; column < width; ++column)
+        ahead.ask((row + i * b.dilation) * width + column, 0);
+    if (b.dilation == 1 && tiled == width * V) return finish_chunk(moments, sums, count * width, V, out(row));
+    for (int64_t i = 0; i < count; ++i)
+      finish_chunk(moments, sums + i * tiled, width, V, out(row + i * b.dilation));
+  });
+}
+#endif
 
 template <class T>
 void branch_image(const Task& t, const Branch& b, const Packed<Operand<T>>& packed,
                   const Plane& plane, const T* image, const Ahead& ahead, int64_t n, float* room,
-                  T* fresh, Moments& moments) {
+                  Fresh<T>* fresh, Moments& moments) {
   const int64_t rows = rows_per_chunk(t);
   T* y = b.y ? static_cast<T*>(b.y) + n * t.out_height * t.out_width * t.channels : nullptr;
   for (int64_t begin = 0; begin < t.out_height; begin += rows)
@@ -169,43 +205,87 @@ Ahead next_input(const Task& t, int64_t i, int64_t n, int64_t after, bool second
                    next.input_stride);
 }
 
+// What a thread works with.
+template <class T>
+struct Work {
+  Plane plane;
+  float* room;
+  Fresh<T>* fresh;
+#ifdef PDARTS_AMX
+  DensePlanes dense;
+  float* sums;
+#endif
+};
+
+template <class T>
+Work<T> make_work(const Task& t, int64_t height, int64_t width, Scratch& local) {
+  bool plane = false;
+  for (int64_t i = 0; i < t.num_branches; ++i) plane |= t.branches[i].kind == kConv && !is_dense<T>(t);
+  const int64_t blocks = t.channels / V, padding = max_padding(t);
+  const int64_t plane_floats = plane ? Plane::floats(height, width, padding, blocks) : 0;
+  const int64_t room_floats = operand_floats(chunk_pixels(t), max_depth(t));
+  const int64_t fresh_numbers = chunk_pixels(t) * t.channels;
+  int64_t bytes = Scratch::bytes_for<float>(plane_floats) + Scratch::bytes_for<float>(room_floats) +
+                  Scratch::bytes_for<Fresh<T>>(fresh_numbers);
+#ifdef PDARTS_AMX
+  if (is_dense<T>(t)) bytes += DensePlanes::bytes(t) + Scratch::bytes_for<float>(pair_numbers(t));
+#endif
+  local.reset(bytes);
+  Work<T> work{};
+  if (plane) work.plane = Plane::make(local, height, width, padding, blocks);
+  work.room = local.take<float>(room_floats);
+  work.fresh = local.take<Fresh<T>>(fresh_numbers);
+#ifdef PDARTS_AMX
+  if (is_dense<T>(t)) {
+    work.dense = DensePlanes::make(t, local, false);
+    work.sums = local.take<float>(pair_numbers(t));
+  }
+#endif
+  return work;
+}
+
+// What convolutions read of an image, f(pixel, channel block): of one of them, or of all if it is null.
+template <class T, class F>
+PDARTS_INLINE void fill_input(const Task& t, const Work<T>& w, const Branch* b, F f) {
+#ifdef PDARTS_AMX
+  if (is_dense<T>(t)) {
+    const auto pixel = [&](int64_t p) PDARTS_LAMBDA { return f(p, 0); };
+    const PairedRows* only = b ? &w.dense.of(*b) : nullptr;
+    if (b) return fill_rows(t.out_height, t.out_width, only->late ? nullptr : only, only->late ? only : nullptr, pixel);
+    return w.dense.each([&](const PairedRows* early, const PairedRows* late) {
+      fill_rows(t.out_height, t.out_width, early, late, pixel);
+    });
+  }
+#endif
+  if (w.plane.data) fill(w.plane, t.channels / V, f);
+}
+
 // `second` is mid: every branch has an input of its own.
 template <class T>
 void run(const Task& t, bool second) {
   Scratch& shared = shared_scratch;
   shared.reset(shared_bytes(t));
   const auto* packed = prepare<Operand<T>>(t, shared);
-  const int64_t blocks = t.channels / V, padding = max_padding(t);
   const int64_t height = second ? t.out_height : t.in_height;
   const int64_t width = second ? t.out_width : t.in_width;
   const int64_t pixels = height * width;
-  const int64_t room_floats = operand_floats(chunk_pixels(t), max_depth(t));
-  bool any_conv = false;
-  for (int64_t i = 0; i < t.num_branches; ++i) any_conv |= t.branches[i].kind == kConv;
   parallel(t.threads, [&](Member& member) {
     [[maybe_unused]] Tiles tiles;
-    Scratch& local = local_scratch;
-    const int64_t plane_floats = any_conv ? Plane::floats(height, width, padding, blocks) : 0;
-    local.reset(Scratch::bytes_for<float>(plane_floats) + Scratch::bytes_for<float>(room_floats) +
-                Scratch::bytes_for<T>(chunk_pixels(t) * t.channels));
-    const Plane plane =
-        any_conv ? Plane::make(local, height, width, padding, blocks) : Plane{};
-    float* room = local.take<float>(room_floats);
-    T* fresh = local.take<T>(chunk_pixels(t) * t.channels);
+    const Work<T> work = make_work<T>(t, height, width, local_scratch);
     pack(t, packed, member);
     each(member, t.groups, 1, [&](int64_t g) {
       const Range range = group_range(t, g);
       for (int64_t n = range.begin; n < range.end; ++n) {
         const T* image = static_cast<const T*>(t.x) + n * pixels * t.x_stride;
-        if (any_conv && !second)
-          fill(plane, blocks, [&](int64_t p, int64_t block) {
+        if (!second)
+          fill_input(t, work, nullptr, [&](int64_t p, int64_t block) PDARTS_LAMBDA {
             return relu(load(image + p * t.x_stride + block * V));
           });
         for (int64_t i = 0; i < t.num_branches; ++i) {
           const Branch& b = t.branches[i];
           if (second) {
             const T* in = static_cast<const T*>(b.input) + n * pixels * b.input_stride;
-            fill(plane, blocks, [&](int64_t p, int64_t block) {
+            fill_input(t, work, &b, [&](int64_t p, int64_t block) PDARTS_LAMBDA {
               const Vec v = load(in + p * b.input_stride + block * V);
               return relu(v * load(b.scale + block * V) + load(b.shift + block * V));
             });
@@ -213,9 +293,15 @@ void run(const Task& t, bool second) {
           double* part = packed[i].moments + g * 2 * t.channels;
           const double before = static_cast<double>((n - range.begin) * t.out_height * t.out_width);
           Moments moments{before, part, part + t.channels};
-          branch_image(t, b, packed[i], plane, image,
-                       next_input<T>(t, i, n, image_after(t, g, n), second), n, room, fresh,
-                       moments);
+          const Ahead ahead = next_input<T>(t, i, n, image_after(t, g, n), second);
+#ifdef PDARTS_AMX
+          if constexpr (std::is_same<T, BFloat>::value)
+            if (b.kind == kConv && is_dense<T>(t)) {
+              dense_branch(t, b, packed[i], work.dense, ahead, n, work.sums, moments);
+              continue;
+            }
+#endif
+          branch_image(t, b, packed[i], work.plane, image, ahead, n, work.room, work.fresh, moments);
         }
       }
     });

@@ -15,74 +15,186 @@ namespace {
 
 thread_local Scratch shared_scratch, sums_scratch, local_scratch;
 
-// dv of output rows [begin, end) of image n, its sums into `total` [2, C]. `a` and `room` hold a chunk;
-// `ahead` is what the next branch reads first.
-template <class T>
-void input_gradient(const Task& t, const Branch& b, const Packed<T>& packed,
-                    int64_t n,
-                    int64_t begin, int64_t end, const Ahead& ahead, const Plane& v,
-                    const Plane& grad, float* a, float* room, double* total) {
-  const int64_t channels = t.channels, width = t.out_width, blocks = channels / V;
-  T* out = static_cast<T*>(b.grad_input) + (n * t.out_height + begin) * width * channels;
+// From the gradient `a` [(end - begin) * width, C] of v, before the mask of the ReLU, to dv of output rows
+// [begin, end) of image n, its sums into `total` [2, C]. v(pixel of the image, channel block) is v; `room`
+// holds a chunk; `ahead` is what the next branch reads first. Sums are of what is stored, so that means cancel
+// exactly in the first half.
+#ifdef PDARTS_BF16
+template <class T, class A, class Forward>
+PDARTS_INLINE void input_gradient(const Task& t, const Branch& b, int64_t n, int64_t begin, int64_t end,
+                                  const A& ahead, Forward v, const float* a, float*, double* total) {
+  const int64_t channels = t.channels, first_pixel = begin * t.out_width;
+  T* out = static_cast<T*>(b.grad_input) + (n * t.out_height * t.out_width + first_pixel) * channels;
+  const bool past = can_stream_lines(out, channels);
+  each_line((end - begin) * t.out_width, channels, [&](const Lines& lines, auto count) PDARTS_LAMBDA {
+    constexpr int N = count.value, kChains = 2;
+    const int64_t first = first_pixel + lines.begin / channels, step = lines.step / channels;
+    const int64_t neighbour = channels == V;  // how many pixels further the second vector is
+    Vec sum[kChains][N] = {}, product[kChains][N] = {};
+    const auto add = [&](int64_t i, int chain) PDARTS_LAMBDA {
+      const int64_t at = lines.begin + i * lines.step;
+      Vec forward[N], dv[2] = {};
+      PDARTS_UNROLL
+      for (int half = 0; half < N; ++half) {
+        const int64_t pixel = first + i * step + half * neighbour, block = lines.channel[half] / V;
+        ahead.ask(pixel, block);
+        forward[half] = v(pixel, block);
+        dv[half] = masked(load(a + at + half * V), forward[half]);
+      }
+      const __m512i line = as_line(dv[0], dv[1]);
+      put_line<N>(out + at, line, past);
+      dv[0] = half_of<0>(line);
+      dv[1] = half_of<1>(line);
+      PDARTS_UNROLL
+      for (int half = 0; half < N; ++half) {
+        sum[chain][half] += dv[half];
+        product[chain][half] += dv[half] * forward[half];
+      }
+    };
+    int64_t i = 0;
+    for (; i + kChains <= lines.count; i += kChains) {
+      PDARTS_UNROLL
+      for (int chain = 0; chain < kChains; ++chain) add(i + chain, chain);
+    }
+    for (; i < lines.count; ++i) add(i, 0);
+    PDARTS_UNROLL
+    for (int half = 0; half < N; ++half) {
+      float chunk[2][V];
+      store(chunk[0], sum[0][half] + sum[1][half]);
+      store(chunk[1], product[0][half] + product[1][half]);
+      add_sums(total + lines.channel[half], chunk[0], V);
+      add_sums(total + channels + lines.channel[half], chunk[1], V);
+    }
+  });
+}
+#else
+template <class T, class A, class Forward>
+PDARTS_INLINE void input_gradient(const Task& t, const Branch& b, int64_t n, int64_t begin, int64_t end,
+                                  const A& ahead, Forward v, const float* a, float* room,
+                                  double* total) {
+  const int64_t channels = t.channels, blocks = channels / V, first = begin * t.out_width;
+  const int64_t pixels = (end - begin) * t.out_width;
+  T* out = static_cast<T*>(b.grad_input) + (n * t.out_height * t.out_width + first) * channels;
   T* fresh = reinterpret_cast<T*>(room);
-  // The stride of a second half is 1, so its transposed convolution is one with turned kernels.
-  depthwise_chunk(b, grad, packed.flipped, channels, begin, end, width, a);
   const bool past = kWholeLines<T> && can_stream(out);
   for (int64_t block = 0; block < blocks; ++block) {
-    int64_t at = block * V;
     // Pixels alternate between chains of sums: a chain waits for its last addition.
     constexpr int kChains = 4;
     Vec sum[kChains] = {}, product[kChains] = {};
-    const auto add = [&](int64_t row, int64_t column, int chain) {
-      const Vec forward = load(v.at(block, row, column));
-      ahead.ask(row * width + column, block);
-      // Sums are of what is stored, so that means cancel exactly in the first half.
+    const auto add = [&](int64_t p, int chain) {
+      const int64_t at = p * channels + block * V;
+      const Vec forward = v(first + p, block);
+      ahead.ask(first + p, block);
       const Vec dv = as_stored<T>(masked(load(a + at), forward));
       past ? stream(out + at, dv) : store(fresh + at, dv);
       sum[chain] += dv;
       product[chain] += dv * forward;
-      at += channels;
     };
-    for (int64_t row = begin; row < end; ++row) {
-      int64_t column = 0;
-      for (; column + kChains <= width; column += kChains) {
-        PDARTS_UNROLL
-        for (int i = 0; i < kChains; ++i) add(row, column + i, i);
-      }
-      for (; column < width; ++column) add(row, column, 0);
+    int64_t p = 0;
+    for (; p + kChains <= pixels; p += kChains) {
+      PDARTS_UNROLL
+      for (int i = 0; i < kChains; ++i) add(p + i, i);
     }
+    for (; p < pixels; ++p) add(p, 0);
     float chunk[2][V];
     store(chunk[0], (sum[0] + sum[1]) + (sum[2] + sum[3]));
     store(chunk[1], (product[0] + product[1]) + (product[2] + product[3]));
     add_sums(total + block * V, chunk[0], V);
     add_sums(total + channels + block * V, chunk[1], V);
   }
-  if (!past) write_out(out, fresh, (end - begin) * width * channels);
+  if (!past) write_out(out, fresh, pixels * channels);
+}
+#endif
+
+// What a thread works with: an image of a branch.
+struct Work {
+  Plane v, grad;
+  int32_t* places;  // of every pixel in a channel block of both
+  float *dy, *a;    // a chunk each
+#ifdef PDARTS_AMX
+  DensePlanes input;
+  DenseGradients dense;
+  float* sums;  // two rows
+#endif
+};
+
+template <class T>
+Work make_work(const Task& t, Scratch& local) {
+  Work w{};
+  const int64_t pixels = t.out_height * t.out_width, chunk = operand_floats(chunk_pixels(t), t.channels);
+#ifdef PDARTS_AMX
+  if (is_dense<T>(t)) {
+    local.reset(DensePlanes::bytes(t) + DenseGradients::bytes(t) + Scratch::bytes_for<float>(pair_numbers(t)));
+    w.input = DensePlanes::make(t, local, true);
+    w.dense = DenseGradients::make(t, local);
+    w.sums = local.take<float>(pair_numbers(t));
+    return w;
+  }
+#endif
+  const int64_t blocks = t.channels / V, padding = widest_padding(t);
+  const int64_t plane = Plane::floats(t.out_height, t.out_width, padding, blocks);
+  local.reset(2 * Scratch::bytes_for<float>(plane) + 2 * Scratch::bytes_for<float>(chunk) +
+              Scratch::bytes_for<int32_t>(pixels));
+  w.v = Plane::make(local, t.out_height, t.out_width, padding, blocks);
+  w.grad = Plane::make(local, t.out_height, t.out_width, padding, blocks);
+  w.places = local.take<int32_t>(pixels);
+  pixel_places(w.grad, w.places);
+  w.dy = local.take<float>(chunk);
+  w.a = local.take<float>(chunk);
+  return w;
 }
 
 template <class T>
-void image_backward(const Task& t, const Branch& b, const Packed<T>& packed,
-                    int64_t group,
-                    int64_t n, const Next& next, const Plane& v, const Plane& grad,
-                    const int32_t* places,
-                    float* dy, float* a, double* total) {
-  const int64_t pixels = t.out_height * t.out_width, rows = rows_per_chunk(t);
+void image_backward(const Task& t, const Branch& b, const Packed<T>& packed, int64_t group, int64_t n,
+                    const Next& next, const Work& w, double* total) {
+  const int64_t channels = t.channels, width = t.out_width, rows = rows_per_chunk(t);
+  const int64_t pixels = t.out_height * width;
   const T* in = static_cast<const T*>(b.input) + n * pixels * b.input_stride;
-  fill(v, t.channels / V, [&](int64_t p, int64_t block) {
+  const auto forward = [&](int64_t p, int64_t block) PDARTS_LAMBDA {
     const Vec x = load(in + p * b.input_stride + block * V);
     return relu(x * load(b.scale + block * V) + load(b.shift + block * V));
-  });
-  for (int64_t begin = 0; begin < t.out_height; begin += rows)
-    pointwise_backward<T>(t, b, packed, group, n, begin, min_of(t.out_height, begin + rows), next,
-                          v, grad, places, operands<T>(dy), operands<T>(a));
+  };
   const Branch& following = next.branch;
   const Ahead ahead = Ahead::of(static_cast<const T*>(following.input) +
                                     next.image * pixels * following.input_stride,
                                 following.input_stride);
+#ifdef PDARTS_AMX
+  if constexpr (std::is_same<T, BFloat>::value)
+    if (is_dense<T>(t)) {
+      const PairedRows* planes = w.input.all[b.dilation - 1];
+      const auto input = [&](int64_t p) PDARTS_LAMBDA { return forward(p, 0); };
+      const PairedRows& plane = w.dense.planes.of(b);
+      const bool wanted = packed.grad_pointwise;
+      dense_gradient(t, b, n, plane, wanted ? w.dense.turned : nullptr);
+      if (wanted) fill_in_turns(planes[0], planes[1], input);
+      // Nothing is read while the weights' gradients are computed, so all is asked for here.
+      const BothAhead<GradientAhead, Ahead> all{next_ahead<T>(t, next), ahead};
+      WholeTiles whole;
+      if (wanted) dense_weights(t, b, packed, group, w.input, w.dense);
+      each_pair(plane, [&](int64_t rest, int64_t row, int64_t count) {
+        const int64_t tiled = tiled_width(width) * V;
+        dense_rows(b, plane, packed.dense, rest, row, w.sums, w.sums + tiled, false);
+        for (int64_t i = 0; i < count; ++i)
+          input_gradient<T>(t, b, n, row + i * b.dilation, row + i * b.dilation + 1, all, forward,
+                            w.sums + i * tiled, w.dy, total);
+      });
+      return;
+    }
+#endif
+  fill(w.v, channels / V, forward);
   for (int64_t begin = 0; begin < t.out_height; begin += rows)
-    input_gradient<T>(t, b, packed, n, begin, min_of(t.out_height, begin + rows), ahead, v, grad,
-                      a, dy, total);
-  weights_backward(t, b, packed, group, v, grad);
+    pointwise_backward<T>(t, b, packed, group, n, begin, min_of(t.out_height, begin + rows), next, w.v,
+                          w.grad, w.places, operands<T>(w.dy), operands<T>(w.a));
+  for (int64_t begin = 0; begin < t.out_height; begin += rows) {
+    const int64_t end = min_of(t.out_height, begin + rows);
+    // The stride of a second half is 1, so its transposed convolution is one with turned kernels.
+    depthwise_chunk(b, w.grad, packed.flipped, channels, begin, end, width, w.a);
+    input_gradient<T>(t, b, n, begin, end, ahead,
+                      [&](int64_t p, int64_t block)
+                          PDARTS_LAMBDA { return load(w.v.data + block * w.v.plane + w.places[p]); },
+                      w.a, w.dy, total);
+  }
+  weights_backward(t, b, packed, group, w.v, w.grad);
 }
 
 // What follows branch i of image n: the next one, or the first one of another image.
@@ -94,33 +206,20 @@ Next next_branch(const Task& t, int64_t group, int64_t i, int64_t n) {
 template <class T>
 void run(const Task& t) {
   const auto* packed = prepare_backward<Operand<T>>(t, shared_scratch);
-  const int64_t channels = t.channels, blocks = channels / V, padding = widest_padding(t);
-  const int64_t columns = t.num_branches * 2 * channels;
+  const int64_t channels = t.channels, columns = t.num_branches * 2 * channels;
   sums_scratch.reset(Scratch::bytes_for<double>(t.groups * columns));
   double* partial = sums_scratch.take<double>(t.groups * columns);
   std::memset(partial, 0, static_cast<size_t>(t.groups * columns) * sizeof(double));
-  const int64_t plane_floats = Plane::floats(t.out_height, t.out_width, padding, blocks);
-  const int64_t chunk_floats = operand_floats(chunk_pixels(t), channels);
   parallel(t.threads, [&](Member& member) {
     [[maybe_unused]] Tiles tiles;
-    Scratch& local = local_scratch;
-    local.reset(2 * Scratch::bytes_for<float>(plane_floats) +
-                2 * Scratch::bytes_for<float>(chunk_floats) +
-                Scratch::bytes_for<int32_t>(t.out_height * t.out_width));
-    const Plane v = Plane::make(local, t.out_height, t.out_width, padding, blocks);
-    const Plane grad = Plane::make(local, t.out_height, t.out_width, padding, blocks);
-    int32_t* places = local.take<int32_t>(t.out_height * t.out_width);
-    pixel_places(grad, places);
-    float* dy = local.take<float>(chunk_floats);
-    float* a = local.take<float>(chunk_floats);
+    const Work work = make_work<T>(t, local_scratch);
     pack_backward(t, packed, member);
     each(member, t.groups, 1, [&](int64_t group) {
       begin_group(t, packed, group);
       const Range range = group_range(t, group);
       for (int64_t n = range.begin; n < range.end; ++n)
         for (int64_t i = 0; i < t.num_branches; ++i)
-          image_backward<T>(t, t.branches[i], packed[i], group, n, next_branch(t, group, i, n), v,
-                            grad, places, dy, a,
+          image_backward<T>(t, t.branches[i], packed[i], group, n, next_branch(t, group, i, n), work,
                             partial + group * columns + i * 2 * channels);
     });
     end_streams();

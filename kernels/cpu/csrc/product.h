@@ -83,18 +83,26 @@ PDARTS_INLINE int64_t operand_floats(int64_t pixels, int64_t depth) {
 PDARTS_INLINE const float* right_side(float* rows, int64_t, int64_t) { return rows; }
 
 #ifdef PDARTS_BF16
+// Numbers of two pixels in turns: lane i has channel i of both.
+PDARTS_INLINE Bits in_turns(__m256i first, __m256i second) {
+  const __m512i places =
+      _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                       20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+  return (Bits)_mm512_permutexvar_epi16(places, both);
+}
+
+PDARTS_INLINE __m256i channels_of(const BFloat* pixel) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pixel));
+}
+
 // Channels c to c + V of pixels p and p + 1; zero for pixels that there are not.
 PDARTS_INLINE Bits pixel_pair(const BFloat* rows, int64_t p, int64_t pixels, int64_t columns,
                               int64_t c) {
   const auto numbers = [&](int64_t pixel) {
-    if (pixel >= pixels) return _mm256_setzero_si256();
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows + pixel * columns + c));
+    return pixel < pixels ? channels_of(rows + pixel * columns + c) : _mm256_setzero_si256();
   };
-  const __m512i in_turns =
-      _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                       20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(numbers(p)), numbers(p + 1), 1);
-  return (Bits)_mm512_permutexvar_epi16(in_turns, both);
+  return in_turns(numbers(p), numbers(p + 1));
 }
 
 // Two pixels a lane, into the room behind the rows.

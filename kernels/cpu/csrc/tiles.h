@@ -23,17 +23,31 @@ constexpr int64_t kSums = 4;        // tiles that share a right side
 // Gives the calling thread its tile registers while it lives.
 class Tiles {
  public:
-  Tiles() {
-    struct {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 32, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 8};
-    } config;
-    asm volatile("ldtilecfg %0" ::"m"(config));
-  }
+  Tiles() { configure(32, 8); }
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;
   ~Tiles() { asm volatile("tilerelease"); }
+
+  // Sizes of kLeftHalf and kRightHalf; all registers lose what they have.
+  static void configure(uint16_t left_bytes, uint8_t right_rows) {
+    struct {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    config.row_bytes[kLeftHalf] = left_bytes;
+    config.rows[kRightHalf] = right_rows;
+    asm volatile("ldtilecfg %0" ::"m"(config));
+  }
+};
+
+// Makes all tile registers whole while it lives.
+class WholeTiles {
+ public:
+  WholeTiles() { Tiles::configure(64, 16); }
+  WholeTiles(const WholeTiles&) = delete;
+  WholeTiles& operator=(const WholeTiles&) = delete;
+  ~WholeTiles() { Tiles::configure(32, 8); }
 };
 
 // `stride` is in bytes. The compiler does not know what these read and write, hence "memory".
