@@ -186,8 +186,6 @@ PDARTS_INLINE void add_scaled_gradient(const Task& t, const Branch& b, int64_t f
 // What output_gradient reads next: a gradient and y.
 using GradientAhead = BothAhead<Ahead, Ahead>;
 
-// What is read after the last convolution of an image beside that: an incoming gradient and a skip's.
-using LastAhead = BothAhead<GradientAhead, BothAhead<Ahead, Ahead>>;
 
 template <class T>
 PDARTS_INLINE GradientAhead gradient_ahead(const Task& t, const Branch& b, int64_t pixel) {
@@ -242,16 +240,18 @@ PDARTS_INLINE void pointwise_backward(const Task& t, const Branch& b,
   output_gradient<T>(t, b, image + begin * width, pixels, dy);
   const GradientAhead ahead = end < t.out_height ? gradient_ahead<T>(t, b, image + end * width)
                                                  : next_ahead<T>(t, next);
-  const int32_t* at = places + begin * width;
-  if (incoming || skip) {
+  // What follows is asked for all over the computation: no more than some lines can be on their way.
+  const auto into_plane = [&](const auto& asked) PDARTS_LAMBDA {
+    const int32_t* at = places + begin * width;
+    if (!incoming && !skip)
+      return product_into_plane(dy, pixels, channels, packed.pointwise, at, grad, asked);
     const Ahead first = (incoming ? incoming : skip)->from(begin * width);
-    const LastAhead last{ahead, {first, skip ? skip->from(begin * width) : first}};
-    product_into_plane(dy, pixels, channels, packed.pointwise, at, grad, last);
-  } else {
-    product_into_plane(dy, pixels, channels, packed.pointwise, at, grad, ahead);
-  }
-  if (!packed.grad_pointwise) return;
-  depthwise_chunk(b, src, packed.depthwise, channels, begin, end, width, a);
+    const BothAhead<Ahead, Ahead> last{first, skip ? skip->from(begin * width) : first};
+    product_into_plane(dy, pixels, channels, packed.pointwise, at, grad, both_ahead(asked, last));
+  };
+  if (!packed.grad_pointwise) return into_plane(ahead);
+  into_plane(ahead.second);
+  depthwise_chunk(b, src, packed.depthwise, channels, begin, end, width, ahead.first, a);
   add_outer(dy, channels, a, channels, pixels, group_pointwise(t, b, packed, group));
 }
 
@@ -317,8 +317,9 @@ PDARTS_SHARED void dense_gradient(const Task& t, const Branch& b, int64_t n, con
         if (one_line) {
           _mm512_storeu_si512(first + column * kLine, line);
         } else {
-          put_line<1>(first + column * kLine, line, false);
-          put_line<1>(second + column * kLine, _mm512_shuffle_i64x2(line, line, 0xee), false);
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(first + column * kLine), _mm512_castsi512_si256(line));
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(second + column * kLine),
+                              _mm512_extracti64x4_epi64(line, 1));
         }
         pairs[i] = in_turns(line);
       }

@@ -243,16 +243,19 @@ PDARTS_INLINE void depthwise_weights(const Plane& grad, const Plane& src, int64_
     }
 }
 
-// a [(end - begin) * width, channels] = rows [begin, end) of a branch's depthwise convolution.
+// a [(end - begin) * width, channels] = rows [begin, end) of a branch's depthwise convolution. Asks `ahead`
+// for as many pixels.
 template <class E>
 PDARTS_SHARED void depthwise_chunk(const Branch& b, const Plane& src, const float* w,
                                    int64_t channels, int64_t begin, int64_t end, int64_t width,
-                                   E* a) {
+                                   const Ahead& ahead, E* a) {
   with_kernel(b, [&](auto k, auto d, auto s) {
     depthwise_rows<k.value, d.value, s.value>(
         src, b.padding, w, channels / V, begin, end, width,
         [&](int64_t row, int64_t column, int64_t block, Vec v) {
-          store(a + ((row - begin) * width + column) * channels + block * V, v);
+          const int64_t p = (row - begin) * width + column;
+          ahead.ask(p, block);
+          store(a + p * channels + block * V, v);
         });
   });
 }

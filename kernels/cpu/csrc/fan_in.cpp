@@ -169,7 +169,7 @@ void conv_backward(const Task& t, const Branch& b, const Packed<T>& packed, int6
       // Nothing is read while the weights' gradients are computed, so all is asked for here.
       const Ahead* first = after[0] ? after[0] : after[1];
       const GradientAhead gradient = next_ahead<T>(t, next);
-      if (first) add_dense(t, b, packed, w, begins, LastAhead{gradient, {*first, after[1] ? *after[1] : *first}});
+      if (first) add_dense(t, b, packed, w, begins, both_ahead(gradient, both_ahead(*first, after[1] ? *after[1] : *first)));
       else add_dense(t, b, packed, w, begins, gradient);
       return;
     }

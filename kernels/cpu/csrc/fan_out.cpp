@@ -125,20 +125,27 @@ void branch_rows(const Task& t, const Branch& b, const Packed<Operand<T>>& packe
   }
   const int64_t depth = depth_of(t, b);
   Operand<T>* a = operands<T>(room);
+  const auto multiply = [&](const auto& ask) PDARTS_LAMBDA {
+    product(a, depth, pixels, depth, packed.pointwise, channels,
+            [&](int64_t p, int64_t block, Vec v) PDARTS_LAMBDA {
+              ask(p, block);
+              store(fresh + p * channels + block * V, v);
+            });
+  };
   if (b.kind == kConv) {
-    depthwise_chunk(b, plane, packed.depthwise, channels, begin, end, width, a);
+    depthwise_chunk(b, plane, packed.depthwise, channels, begin, end, width, ahead.from(begin * width), a);
+    multiply([](int64_t, int64_t) PDARTS_LAMBDA {});
   } else {
     gather(t, b, image, begin, end, a);
+    // A 1x1 convolution reads the pixels that follow, of which it has depth / C lines each.
+    const bool follows = b.kind == kPointwise;
+    const int64_t lines = follows ? max_of(depth / channels, 1) : 1;
+    const Ahead next = follows ? Ahead::of(image + end * width * t.x_stride, t.x_stride)
+                               : ahead.from(begin * width);
+    multiply([&](int64_t p, int64_t block) PDARTS_LAMBDA {
+      for (int64_t line = 0; line < lines; ++line) next.ask(p, block * lines + line);
+    });
   }
-  // A 1x1 convolution reads the pixels that follow, of which it has depth / C lines each.
-  const bool follows = b.kind == kPointwise;
-  const int64_t lines = follows ? max_of(depth / channels, 1) : 1;
-  const Ahead next = follows ? Ahead::of(image + end * width * t.x_stride, t.x_stride)
-                             : ahead.from(begin * width);
-  product(a, depth, pixels, depth, packed.pointwise, channels, [&](int64_t p, int64_t block, Vec v) {
-    for (int64_t line = 0; line < lines; ++line) next.ask(p, block * lines + line);
-    store(fresh + p * channels + block * V, v);
-  });
   finish_chunk(moments, fresh, pixels, channels, y);
 }
 

@@ -17,61 +17,53 @@ thread_local Scratch shared_scratch, sums_scratch, local_scratch;
 
 // From the gradient `a` [(end - begin) * width, C] of v, before the mask of the ReLU, to dv of output rows
 // [begin, end) of image n, its sums into `total` [2, C]. v(pixel of the image, channel block) is v; `room`
-// holds a chunk; `ahead` is what the next branch reads first. Sums are of what is stored, so that means cancel
-// exactly in the first half.
+// holds a chunk. Sums are of what is stored, so that means cancel exactly in the first half.
 #ifdef PDARTS_BF16
-template <class T, class A, class Forward>
+template <class T, class Forward>
 PDARTS_INLINE void input_gradient(const Task& t, const Branch& b, int64_t n, int64_t begin, int64_t end,
-                                  const A& ahead, Forward v, const float* a, float*, double* total) {
+                                  Forward v, const float* a, float*, double* total) {
   const int64_t channels = t.channels, first_pixel = begin * t.out_width;
   T* out = static_cast<T*>(b.grad_input) + (n * t.out_height * t.out_width + first_pixel) * channels;
   const bool past = can_stream_lines(out, channels);
-  each_line((end - begin) * t.out_width, channels, [&](const Lines& lines, auto count) PDARTS_LAMBDA {
-    constexpr int N = count.value, kChains = 2;
+  each_line((end - begin) * t.out_width, channels, [&](const Lines& lines, auto vectors) PDARTS_LAMBDA {
+    constexpr int N = vectors.value;
     const int64_t first = first_pixel + lines.begin / channels, step = lines.step / channels;
-    const int64_t neighbour = channels == V;  // how many pixels further the second vector is
-    Vec sum[kChains][N] = {}, product[kChains][N] = {};
+    Vec sum[kLineChains][N] = {}, product[kLineChains][N] = {};
     const auto add = [&](int64_t i, int chain) PDARTS_LAMBDA {
       const int64_t at = lines.begin + i * lines.step;
-      Vec forward[N], dv[2] = {};
+      Vec forward[N], dv[N];
       PDARTS_UNROLL
-      for (int half = 0; half < N; ++half) {
-        const int64_t pixel = first + i * step + half * neighbour, block = lines.channel[half] / V;
-        ahead.ask(pixel, block);
-        forward[half] = v(pixel, block);
-        dv[half] = masked(load(a + at + half * V), forward[half]);
+      for (int j = 0; j < N; ++j) {
+        forward[j] = v(first + i * step + (lines.pixels ? j : 0), lines.channel_of(j) / V);
+        dv[j] = masked(load(a + at + j * V), forward[j]);
       }
-      const __m512i line = as_line(dv[0], dv[1]);
-      put_line<N>(out + at, line, past);
-      dv[0] = half_of<0>(line);
-      dv[1] = half_of<1>(line);
+      round_lines(dv, out + at, past);
       PDARTS_UNROLL
-      for (int half = 0; half < N; ++half) {
-        sum[chain][half] += dv[half];
-        product[chain][half] += dv[half] * forward[half];
+      for (int j = 0; j < N; ++j) {
+        sum[chain][j] += dv[j];
+        product[chain][j] += dv[j] * forward[j];
       }
     };
     int64_t i = 0;
-    for (; i + kChains <= lines.count; i += kChains) {
+    for (; i + kLineChains <= lines.count; i += kLineChains) {
       PDARTS_UNROLL
-      for (int chain = 0; chain < kChains; ++chain) add(i + chain, chain);
+      for (int chain = 0; chain < kLineChains; ++chain) add(i + chain, chain);
     }
     for (; i < lines.count; ++i) add(i, 0);
     PDARTS_UNROLL
-    for (int half = 0; half < N; ++half) {
+    for (int j = 0; j < N; ++j) {
       float chunk[2][V];
-      store(chunk[0], sum[0][half] + sum[1][half]);
-      store(chunk[1], product[0][half] + product[1][half]);
-      add_sums(total + lines.channel[half], chunk[0], V);
-      add_sums(total + channels + lines.channel[half], chunk[1], V);
+      store(chunk[0], sum[0][j] + sum[1][j]);
+      store(chunk[1], product[0][j] + product[1][j]);
+      add_sums(total + lines.channel_of(j), chunk[0], V);
+      add_sums(total + channels + lines.channel_of(j), chunk[1], V);
     }
   });
 }
 #else
-template <class T, class A, class Forward>
+template <class T, class Forward>
 PDARTS_INLINE void input_gradient(const Task& t, const Branch& b, int64_t n, int64_t begin, int64_t end,
-                                  const A& ahead, Forward v, const float* a, float* room,
-                                  double* total) {
+                                  Forward v, const float* a, float* room, double* total) {
   const int64_t channels = t.channels, blocks = channels / V, first = begin * t.out_width;
   const int64_t pixels = (end - begin) * t.out_width;
   T* out = static_cast<T*>(b.grad_input) + (n * t.out_height * t.out_width + first) * channels;
@@ -84,7 +76,6 @@ PDARTS_INLINE void input_gradient(const Task& t, const Branch& b, int64_t n, int
     const auto add = [&](int64_t p, int chain) {
       const int64_t at = p * channels + block * V;
       const Vec forward = v(first + p, block);
-      ahead.ask(first + p, block);
       const Vec dv = as_stored<T>(masked(load(a + at), forward));
       past ? stream(out + at, dv) : store(fresh + at, dv);
       sum[chain] += dv;
@@ -173,9 +164,12 @@ void image_backward(const Task& t, const Branch& b, const Packed<T>& packed, int
       if (wanted) dense_weights(t, b, packed, group, w.input, w.dense);
       each_pair(plane, [&](int64_t rest, int64_t row, int64_t count) {
         const int64_t tiled = tiled_width(width) * V;
+        for (int64_t i = 0; i < count; ++i)
+          for (int64_t column = 0; column < width; ++column)
+            all.ask((row + i * b.dilation) * width + column, 0);
         dense_rows(b, plane, packed.dense, rest, row, w.sums, w.sums + tiled, false);
         for (int64_t i = 0; i < count; ++i)
-          input_gradient<T>(t, b, n, row + i * b.dilation, row + i * b.dilation + 1, all, forward,
+          input_gradient<T>(t, b, n, row + i * b.dilation, row + i * b.dilation + 1, forward,
                             w.sums + i * tiled, w.dy, total);
       });
       return;
@@ -188,8 +182,8 @@ void image_backward(const Task& t, const Branch& b, const Packed<T>& packed, int
   for (int64_t begin = 0; begin < t.out_height; begin += rows) {
     const int64_t end = min_of(t.out_height, begin + rows);
     // The stride of a second half is 1, so its transposed convolution is one with turned kernels.
-    depthwise_chunk(b, w.grad, packed.flipped, channels, begin, end, width, w.a);
-    input_gradient<T>(t, b, n, begin, end, ahead,
+    depthwise_chunk(b, w.grad, packed.flipped, channels, begin, end, width, ahead.from(begin * width), w.a);
+    input_gradient<T>(t, b, n, begin, end,
                       [&](int64_t p, int64_t block)
                           PDARTS_LAMBDA { return load(w.v.data + block * w.v.plane + w.places[p]); },
                       w.a, w.dy, total);

@@ -202,5 +202,10 @@ struct BothAhead {
   }
 };
 
+template <class First, class Second>
+PDARTS_INLINE BothAhead<First, Second> both_ahead(const First& first, const Second& second) {
+  return {first, second};
+}
+
 }  // namespace PDARTS_VARIANT
 }  // namespace pdarts

@@ -77,24 +77,28 @@ PDARTS_INLINE void finish_chunk(Moments& into, T* chunk, int64_t pixels, int64_t
 }
 
 #ifdef PDARTS_BF16
-// The vectors of a chunk [pixels, channels] that make up lines of bfloat16: two pixels of one vector, or
-// two vectors of a pixel. A line begins `step` numbers after the last one.
+// Vectors of a chunk [pixels, channels] that are rounded together: whole lines of bfloat16, in the order in
+// which they lie. The next ones begin `step` numbers further.
 struct Lines {
-  int64_t begin, step, count;
-  int64_t channel[2];
+  int64_t begin, step, count, channel;
+  bool pixels;  // the vectors are pixels of channels [channel, channel + V), not channels of a pixel
+
+  int64_t channel_of(int64_t vector) const { return pixels ? channel : channel + vector * V; }
 };
 
-// f(lines, Int<2>) for all vectors of a chunk that have a neighbour, f(lines, Int<1>) for the others.
+// f(lines, Int<vectors>) for all vectors of a chunk: two pixels of one vector, four or two vectors of a pixel, or
+// one that is left.
 template <class F>
 PDARTS_INLINE void each_line(int64_t pixels, int64_t channels, F f) {
   if (channels == V) {
-    f(Lines{0, 2 * V, pixels / 2, {0, 0}}, Int<2>{});
-    if (pixels % 2) f(Lines{(pixels - 1) * V, V, 1, {0, 0}}, Int<1>{});
+    f(Lines{0, 2 * V, pixels / 2, 0, true}, Int<2>{});
+    if (pixels % 2) f(Lines{(pixels - 1) * V, V, 1, 0, true}, Int<1>{});
     return;
   }
   int64_t c = 0;
-  for (; c + 2 * V <= channels; c += 2 * V) f(Lines{c, channels, pixels, {c, c + V}}, Int<2>{});
-  if (c < channels) f(Lines{c, channels, pixels, {c, c}}, Int<1>{});
+  for (; c + 4 * V <= channels; c += 4 * V) f(Lines{c, channels, pixels, c, false}, Int<4>{});
+  for (; c + 2 * V <= channels; c += 2 * V) f(Lines{c, channels, pixels, c, false}, Int<2>{});
+  if (c < channels) f(Lines{c, channels, pixels, c, false}, Int<1>{});
 }
 
 // Whether all lines of a chunk can be written past the caches.
@@ -102,62 +106,78 @@ PDARTS_INLINE bool can_stream_lines(const BFloat* to, int64_t channels) {
   return can_stream(to) && (channels == V || channels % (2 * V) == 0);
 }
 
-// A line or, of one vector, half of one.
+// Rounds N vectors that follow one another, writes them to `to` unless it is null, and gives back what is
+// written.
 template <int N>
-PDARTS_INLINE void put_line(BFloat* to, __m512i line, bool past) {
-  if (N == 1) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(line));
-  else if (past) _mm512_stream_si512(reinterpret_cast<__m512i*>(to), line);
-  else _mm512_storeu_si512(to, line);
+PDARTS_INLINE void round_lines(Vec (&v)[N], BFloat* to, bool past) {
+  if constexpr (N == 1) {
+    if (to) store(to, v[0]);
+    v[0] = half_of<0>(as_line(v[0], v[0]));
+  } else {
+    PDARTS_UNROLL
+    for (int i = 0; i < N; i += 2) {
+      const __m512i line = as_line(v[i], v[i + 1]);
+      if (to && past) _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i * V), line);
+      else if (to) _mm512_storeu_si512(to + i * V, line);
+      v[i] = half_of<0>(line);
+      v[i + 1] = half_of<1>(line);
+    }
+  }
 }
+
+// Sums of lines alternate between chains: one waits for its last addition.
+constexpr int kLineChains = 2;
 
 // As above. Deviations are from the first pixel: their mean's square, which is subtracted, is at most
 // `pixels` times the variance, and is about as large on average.
 PDARTS_SHARED void finish_chunk(Moments& into, const float* chunk, int64_t pixels, int64_t channels,
                                 BFloat* y) {
   const bool past = y && can_stream_lines(y, channels);
-  double done = into.count;
-  each_line(pixels, channels, [&](const Lines& lines, auto n) PDARTS_LAMBDA {
-    constexpr int N = n.value, kChains = 2;
-    const auto line_at = [&](int64_t i) PDARTS_LAMBDA {
-      const float* p = chunk + lines.begin + i * lines.step;
-      const __m512i line = as_line(load(p), N == 2 ? load(p + V) : Vec{});
-      if (y) put_line<N>(y + lines.begin + i * lines.step, line, past);
-      return line;
-    };
-    const bool same = N == 2 && lines.channel[0] == lines.channel[1];
-    Vec sum[kChains][N] = {}, square[kChains][N] = {}, pivot[N];
-    const auto begin = as_line(load(chunk + lines.begin), N == 2 ? load(chunk + lines.begin + V) : Vec{});
-    pivot[0] = half_of<0>(begin);
-    if constexpr (N == 2) pivot[1] = same ? pivot[0] : half_of<1>(begin);
+  double before = into.count;
+  each_line(pixels, channels, [&](const Lines& lines, auto vectors) PDARTS_LAMBDA {
+    constexpr int N = vectors.value;
+    if (!lines.count) return;
+    Vec pivot[N], sum[kLineChains][N] = {}, square[kLineChains][N] = {};
+    PDARTS_UNROLL
+    for (int j = 0; j < N; ++j) pivot[j] = load(chunk + lines.begin + (lines.pixels ? 0 : j * V));
+    round_lines(pivot, static_cast<BFloat*>(nullptr), false);
     const auto add = [&](int64_t i, int chain) PDARTS_LAMBDA {
-      const __m512i line = line_at(i);
-      const Vec first = half_of<0>(line) - pivot[0];
-      sum[chain][0] += first;
-      square[chain][0] += first * first;
-      if constexpr (N == 2) {
-        const Vec second = half_of<1>(line) - pivot[1];
-        sum[chain][1] += second;
-        square[chain][1] += second * second;
+      const int64_t at = lines.begin + i * lines.step;
+      Vec v[N];
+      PDARTS_UNROLL
+      for (int j = 0; j < N; ++j) v[j] = load(chunk + at + j * V);
+      round_lines(v, y ? y + at : nullptr, past);
+      PDARTS_UNROLL
+      for (int j = 0; j < N; ++j) {
+        const Vec off = v[j] - pivot[j];
+        sum[chain][j] += off;
+        square[chain][j] += off * off;
       }
     };
     int64_t i = 0;
-    for (; i + kChains <= lines.count; i += kChains) {
+    for (; i + kLineChains <= lines.count; i += kLineChains) {
       PDARTS_UNROLL
-      for (int chain = 0; chain < kChains; ++chain) add(i + chain, chain);
+      for (int chain = 0; chain < kLineChains; ++chain) add(i + chain, chain);
     }
     for (; i < lines.count; ++i) add(i, 0);
-    if (!lines.count) return;
-    const int64_t count = same ? 2 * lines.count : lines.count;
-    const float inverse = 1.0f / static_cast<float>(count);
-    for (int half = 0; half < (same ? 1 : N); ++half) {
-      Vec total = sum[0][half] + sum[1][half], squares = square[0][half] + square[1][half];
-      if (same) total += sum[0][N - 1] + sum[1][N - 1];
-      if (same) squares += square[0][N - 1] + square[1][N - 1];
-      const Vec off = total * inverse;
-      add_moments(into, done, static_cast<double>(count), lines.channel[half], pivot[half] + off,
-                  maximum(squares - total * off, Vec{}));
+    PDARTS_UNROLL
+    for (int j = 0; j < N; ++j) {
+      sum[0][j] += sum[1][j];
+      square[0][j] += square[1][j];
     }
-    if (channels == V) done += static_cast<double>(count);
+    int64_t count = lines.count;
+    if (lines.pixels && N == 2) {
+      count *= 2;
+      sum[0][0] += sum[0][N - 1];
+      square[0][0] += square[0][N - 1];
+    }
+    const float inverse = 1.0f / static_cast<float>(count);
+    for (int j = 0; j < (lines.pixels ? 1 : N); ++j) {
+      const Vec off = sum[0][j] * inverse;
+      add_moments(into, before, static_cast<double>(count), lines.channel_of(j), pivot[j] + off,
+                  maximum(square[0][j] - sum[0][j] * off, Vec{}));
+    }
+    if (lines.pixels) before += static_cast<double>(count);
   });
   into.count += static_cast<double>(pixels);
 }
