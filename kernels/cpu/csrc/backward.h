@@ -108,17 +108,9 @@ PDARTS_SHARED void pack_backward(const Task& t, const BackwardBranch<E>* all, Me
   member.wait();
 }
 
-// Sets a group's weight gradients to zero.
-template <class E>
-PDARTS_SHARED void begin_group(const Task& t, const BackwardBranch<E>* all, int64_t group) {
-  for (int64_t i = 0; i < t.num_branches; ++i) {
-    const size_t taps = static_cast<size_t>(t.channels * tap_count(t.branches[i]));
-    if (all[i].grad_depthwise)
-      std::memset(group_depthwise(t, t.branches[i], all[i], group), 0, taps * sizeof(float));
-    if (!all[i].grad_pointwise) continue;
-    const size_t weights = static_cast<size_t>(t.channels * product_depth(t, t.branches[i]));
-    std::memset(group_pointwise(t, t.branches[i], all[i], group), 0, weights * sizeof(float));
-  }
+// Whether image n, from row `row` on, is where a group's weight gradients begin: nothing is there to add to.
+PDARTS_INLINE bool begins_group(const Task& t, int64_t group, int64_t n, int64_t row) {
+  return n == group_range(t, group).begin && row == 0;
 }
 
 // Gradient of the depthwise weights from the groups' partial ones.
@@ -216,11 +208,11 @@ PDARTS_SHARED void product_into_plane(const E* dy, int64_t pixels, int64_t chann
           });
 }
 
-// out [rows, columns] += a^T b over a chunk of pixels. Both have `operand_floats`.
+// out [rows, columns] = or, unless it begins, += a^T b over a chunk of pixels. Both have `operand_floats`.
 template <class E>
 PDARTS_SHARED void add_outer(E* a, int64_t rows, E* b, int64_t columns, int64_t pixels,
-                             float* out) {
-  outer(left_side(a, pixels, rows), rows, right_side(b, pixels, columns), columns, pixels, out);
+                             float* out, bool begins) {
+  outer(left_side(a, pixels, rows), rows, right_side(b, pixels, columns), columns, pixels, out, begins);
 }
 
 // For a convolution and output rows [begin, end) of image n: the gradient of the depthwise output
@@ -252,19 +244,21 @@ PDARTS_INLINE void pointwise_backward(const Task& t, const Branch& b,
   if (!packed.grad_pointwise) return into_plane(ahead);
   into_plane(ahead.second);
   depthwise_chunk(b, src, packed.depthwise, channels, begin, end, width, ahead.first, a);
-  add_outer(dy, channels, a, channels, pixels, group_pointwise(t, b, packed, group));
+  add_outer(dy, channels, a, channels, pixels, group_pointwise(t, b, packed, group),
+            begins_group(t, group, n, begin));
 }
 
 // Gradient of the depthwise weights of one image.
 template <class E>
 PDARTS_SHARED void weights_backward(const Task& t, const Branch& b,
-                                    const BackwardBranch<E>& packed, int64_t group,
+                                    const BackwardBranch<E>& packed, int64_t group, int64_t n,
                                     const Plane& src, const Plane& grad) {
   if (!packed.grad_depthwise) return;
   float* out = group_depthwise(t, b, packed, group);
   with_kernel(b, [&](auto k, auto d, auto s) {
     depthwise_weights<k.value, d.value, s.value>(grad, src, b.padding, t.channels / V,
-                                                 4 * rows_per_chunk(t), out);
+                                                 4 * rows_per_chunk(t), out,
+                                                 begins_group(t, group, n, 0));
   });
 }
 
@@ -333,12 +327,13 @@ PDARTS_SHARED void dense_gradient(const Task& t, const Branch& b, int64_t n, con
 
 // Weight gradients of a dense convolution from its turned dy and the input's planes.
 PDARTS_INLINE void dense_weights(const Task& t, const Branch& b, const BackwardBranch<BFloat>& packed,
-                                 int64_t group, const DensePlanes& input, const DenseGradients& w) {
+                                 int64_t group, int64_t n, const DensePlanes& input,
+                                 const DenseGradients& w) {
   const PairedRows* planes = input.all[b.dilation - 1];
   b.kernel == 3 ? dense_weights<3>(w.turned, planes, w.moments)
                 : dense_weights<5>(w.turned, planes, w.moments);
   add_weight_gradients(b, packed.depthwise, w.moments, group_depthwise(t, b, packed, group),
-                       group_pointwise(t, b, packed, group));
+                       group_pointwise(t, b, packed, group), begins_group(t, group, n, 0));
 }
 #endif
 

@@ -23,6 +23,7 @@
 #pragma once
 
 #include "depthwise.h"
+#include "lines.h"
 #include "tiles.h"
 
 namespace pdarts {
@@ -309,9 +310,10 @@ struct DensePlanes {
 // Numbers of two rows of outputs in whole tiles.
 PDARTS_INLINE int64_t pair_numbers(const Task& t) { return 2 * tiled_width(t.out_width) * V; }
 
-// Adds what follows from M to the weight gradients: packed [taps][16] and [16][16]. `depthwise` is packed.
+// Adds what follows from M to the weight gradients, packed [taps][16] and [16][16], or begins them. `depthwise`
+// is packed.
 PDARTS_SHARED void add_weight_gradients(const Branch& b, const float* depthwise, const float* m,
-                                        float* grad_depthwise, float* grad_pointwise) {
+                                        float* grad_depthwise, float* grad_pointwise, bool begins) {
   Vec of_pointwise[V] = {};
   for (int64_t tap = 0; tap < b.kernel * b.kernel; ++tap) {
     const Vec d = load(depthwise + tap * V);
@@ -322,11 +324,11 @@ PDARTS_SHARED void add_weight_gradients(const Branch& b, const float* depthwise,
       of_tap += load(b.pointwise + i * V) * load(m);
     }
     float* out = grad_depthwise + tap * V;
-    store(out, load(out) + of_tap);
+    store(out, begins ? of_tap : load(out) + of_tap);
   }
   for (int i = 0; i < V; ++i) {
     float* out = grad_pointwise + i * V;
-    store(out, load(out) + of_pointwise[i]);
+    store(out, begins ? of_pointwise[i] : load(out) + of_pointwise[i]);
   }
 }
 

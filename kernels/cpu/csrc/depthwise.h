@@ -219,11 +219,11 @@ PDARTS_INLINE void weight_taps(const Plane& grad, const Plane& src, int64_t padd
   }
 }
 
-// out [C / V][K * K][V] += sum over pixels of grad * shifted src. Sums run over at most
+// out [C / V][K * K][V] = or, unless it begins, += sum over pixels of grad * shifted src. Sums run over at most
 // `rows` rows before they join the total: short chains keep float accurate.
 template <int K, int D, int S>
 PDARTS_INLINE void depthwise_weights(const Plane& grad, const Plane& src, int64_t padding,
-                                     int64_t blocks, int64_t rows, float* out) {
+                                     int64_t blocks, int64_t rows, float* out, bool begins) {
   for (int64_t block = 0; block < blocks; ++block)
     for (int64_t begin = 0; begin < grad.height; begin += rows) {
       const int64_t end = min_of(grad.height, begin + rows);
@@ -239,7 +239,7 @@ PDARTS_INLINE void depthwise_weights(const Plane& grad, const Plane& src, int64_
       }
       float* total = out + block * K * K * V;
       for (int t = 0; t < K * K; ++t)
-        store(total + t * V, load(total + t * V) + load(part + t * V));
+        store(total + t * V, (begins && !begin ? Vec{} : load(total + t * V)) + load(part + t * V));
     }
 }
 

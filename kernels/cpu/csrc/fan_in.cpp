@@ -165,7 +165,7 @@ void conv_backward(const Task& t, const Branch& b, const Packed<T>& packed, int6
     if (is_dense<T>(t)) {
       dense_gradient(t, b, n, w.dense.planes.of(b), packed.grad_pointwise ? w.dense.turned : nullptr);
       WholeTiles whole;
-      if (packed.grad_pointwise) dense_weights(t, b, packed, group, w.input, w.dense);
+      if (packed.grad_pointwise) dense_weights(t, b, packed, group, n, w.input, w.dense);
       // Nothing is read while the weights' gradients are computed, so all is asked for here.
       const Ahead* first = after[0] ? after[0] : after[1];
       const GradientAhead gradient = next_ahead<T>(t, next);
@@ -179,18 +179,18 @@ void conv_backward(const Task& t, const Branch& b, const Packed<T>& packed, int6
                           w.x, w.grad, w.places, operands<T>(w.dy), operands<T>(w.a), after[0],
                           after[1]);
   add_transposed(b, packed, t.channels / V, w.grad, w.dx, begins);
-  weights_backward(t, b, packed, group, w.x, w.grad);
+  weights_backward(t, b, packed, group, n, w.x, w.grad);
 }
 
 // Gradient of the weights of a 1x1 convolution or factorized reduce; w.dy holds its dy.
 template <class T>
 void gathered_weights(const Task& t, const Branch& b, const Packed<T>& packed, int64_t group,
-                      const T* image, int64_t begin, int64_t end, const Work& w) {
+                      int64_t n, const T* image, int64_t begin, int64_t end, const Work& w) {
   if (!packed.grad_pointwise) return;
   Operand<T>* a = operands<T>(w.a);
   gather(t, b, image, begin, end, a);
   add_outer(operands<T>(w.dy), t.channels, a, product_depth(t, b), (end - begin) * t.out_width,
-            group_pointwise(t, b, packed, group));
+            group_pointwise(t, b, packed, group), begins_group(t, group, n, begin));
 }
 
 // Adds a 1x1 convolution or factorized reduce of relu(x), output rows [begin, end), to w.raw.
@@ -201,10 +201,7 @@ void gathered_backward(const Task& t, const Branch& b, const Packed<T>& packed, 
   const int64_t depth = product_depth(t, b);
   output_gradient<T>(t, b, (n * t.out_height + begin) * width, pixels,
                      operands<T>(w.dy));
-  product(operands<T>(w.dy), t.channels, pixels, t.channels, packed.pointwise, depth,
-          [&](int64_t p, int64_t block, Vec v) {
-            store(w.a + p * depth + block * V, v);
-          });
+  product_rows(operands<T>(w.dy), t.channels, pixels, t.channels, packed.pointwise, depth, w.a);
   const int64_t phases = depth / cx;
   const float* a = w.a;
   for (int64_t row = begin; row < end; ++row)
@@ -218,7 +215,7 @@ void gathered_backward(const Task& t, const Branch& b, const Packed<T>& packed, 
           store(o, load(o) + masked(load(a + c), load(image + pixel * t.x_stride + c)));
         }
       }
-  gathered_weights(t, b, packed, group, image, begin, end, w);
+  gathered_weights(t, b, packed, group, n, image, begin, end, w);
 }
 
 // Image n where one product is all there is, as in front of a cell: no sum to keep but what comes in. Of
@@ -234,25 +231,21 @@ void pointwise_image(const Task& t, const Packed<T>& packed, int64_t group, int6
     output_gradient<T>(t, b, first, pixels, operands<T>(w.dy));
     if (t.out) {
       const T* x = image + begin * width * t.x_stride;
-      T* out = static_cast<T*>(t.out) + first * t.out_stride;
       const T* incoming = static_cast<const T*>(t.incoming);
       if (incoming) incoming += first * t.incoming_stride;
-      const bool past = can_stream(out) && !incoming;
       const Ahead next_x = Ahead::of(x + pixels * t.x_stride, t.x_stride);
       const GradientAhead next = gradient_ahead<T>(t, b, first + pixels);
-      product(operands<T>(w.dy), t.channels, pixels, t.channels, packed.pointwise, cx,
-              [&](int64_t p, int64_t block, Vec v) {
-                next_x.ask(p, block);
-                if (block < t.channels / V) next.ask(p, block);
-                Vec dx = masked(v, load(x + p * t.x_stride + block * V));
-                // As if it had been stored and added.
-                if (incoming)
-                  dx = as_stored<T>(dx) + load(incoming + p * t.incoming_stride + block * V);
-                T* o = out + p * t.out_stride + block * V;
-                past ? stream(o, dx) : store(o, dx);
-              });
+      product_rows(operands<T>(w.dy), t.channels, pixels, t.channels, packed.pointwise, cx, w.a);
+      write_rows(pixels, cx, static_cast<T*>(t.out) + first * t.out_stride, t.out_stride, !incoming,
+                 [&](int64_t p, int64_t c) PDARTS_LAMBDA {
+                   next_x.ask(p, c / V);
+                   if (c < t.channels) next.ask(p, c / V);
+                   const Vec dx = masked(load(w.a + p * cx + c), load(x + p * t.x_stride + c));
+                   // As if it had been stored and added.
+                   return incoming ? as_stored<T>(dx) + load(incoming + p * t.incoming_stride + c) : dx;
+                 });
     }
-    gathered_weights(t, b, packed, group, image, begin, end, w);
+    gathered_weights(t, b, packed, group, n, image, begin, end, w);
   }
 }
 
@@ -344,20 +337,20 @@ void skip_backward(const Task& t, const Branch& b, int64_t n, const Work& w) {
 template <class T>
 void write_image(const Task& t, const Sizes& s, int64_t n, const T* image, const Work& w) {
   const int64_t pixels = t.in_height * t.in_width, cx = t.in_channels;
-  T* out = static_cast<T*>(t.out) + n * pixels * t.out_stride;
   const T* incoming = static_cast<const T*>(t.incoming);
   if (incoming) incoming += n * pixels * t.incoming_stride;
-  const bool past = can_stream(out);
-  for (int64_t row = 0, p = 0; row < t.in_height; ++row)
-    for (int64_t column = 0; column < t.in_width; ++column, ++p)
-      for (int64_t c = 0; c < cx; c += V) {
-        Vec v = s.raw ? load(w.raw + p * cx + c) : Vec{};
-        if (s.conv)
-          v += masked(load(w.dx.at(c / V, row, column)), load(image + p * t.x_stride + c));
-        if (incoming) v += load(incoming + p * t.incoming_stride + c);
-        T* o = out + p * t.out_stride + c;
-        past ? stream(o, v) : store(o, v);
-      }
+  for (int64_t row = 0; row < t.in_height; ++row) {
+    const int64_t first = row * t.in_width;
+    write_rows(t.in_width, cx, static_cast<T*>(t.out) + (n * pixels + first) * t.out_stride, t.out_stride,
+               kWholeLines<T>, [&](int64_t column, int64_t c) PDARTS_LAMBDA {
+                 const int64_t p = first + column;
+                 Vec v = s.raw ? load(w.raw + p * cx + c) : Vec{};
+                 if (s.conv)
+                   v += masked(load(w.dx.at(c / V, row, column)), load(image + p * t.x_stride + c));
+                 if (incoming) v += load(incoming + p * t.incoming_stride + c);
+                 return v;
+               });
+  }
 }
 
 // The convolution after branch i of image n, or the first one of the image after.
@@ -418,7 +411,6 @@ void run(const Task& t) {
     const Work work = make_work<T>(t, sizes, local_scratch);
     pack_backward(t, packed, member);
     each(member, t.groups, 1, [&](int64_t group) {
-      begin_group(t, packed, group);
       const Range range = group_range(t, group);
       for (int64_t n = range.begin; n < range.end; ++n)
         image_backward<T>(t, sizes, packed, group, n, work);

@@ -102,6 +102,21 @@ int64_t max_depth(const Task& t) {
 
 // Output rows [begin, end) of one image of one branch; `room` is for the chunk's matrix or the lines
 // of a pool, `fresh` for its outputs while they are in cache. `ahead` is the image that is read next.
+// fresh [pixels, columns] = a times W.
+template <class E>
+PDARTS_INLINE void multiply(const E* a, int64_t pixels, int64_t depth, const E* packed, int64_t columns,
+                            float* fresh) {
+  product_rows(a, depth, pixels, depth, packed, columns, fresh);
+}
+
+// The same, rounded one by one.
+template <class E>
+PDARTS_INLINE void multiply(const E* a, int64_t pixels, int64_t depth, const E* packed, int64_t columns,
+                            BFloat* fresh) {
+  product(a, depth, pixels, depth, packed, columns,
+          [&](int64_t p, int64_t block, Vec v) { store(fresh + p * columns + block * V, v); });
+}
+
 // Numbers of a chunk that `finish_chunk` reads: it rounds whole lines of bfloat16 at a time.
 #ifdef PDARTS_BF16
 template <class T>
@@ -125,27 +140,19 @@ void branch_rows(const Task& t, const Branch& b, const Packed<Operand<T>>& packe
   }
   const int64_t depth = depth_of(t, b);
   Operand<T>* a = operands<T>(room);
-  const auto multiply = [&](const auto& ask) PDARTS_LAMBDA {
-    product(a, depth, pixels, depth, packed.pointwise, channels,
-            [&](int64_t p, int64_t block, Vec v) PDARTS_LAMBDA {
-              ask(p, block);
-              store(fresh + p * channels + block * V, v);
-            });
-  };
   if (b.kind == kConv) {
     depthwise_chunk(b, plane, packed.depthwise, channels, begin, end, width, ahead.from(begin * width), a);
-    multiply([](int64_t, int64_t) PDARTS_LAMBDA {});
   } else {
     gather(t, b, image, begin, end, a);
     // A 1x1 convolution reads the pixels that follow, of which it has depth / C lines each.
     const bool follows = b.kind == kPointwise;
-    const int64_t lines = follows ? max_of(depth / channels, 1) : 1;
+    const int64_t lines = follows ? depth / V : channels / V;
     const Ahead next = follows ? Ahead::of(image + end * width * t.x_stride, t.x_stride)
                                : ahead.from(begin * width);
-    multiply([&](int64_t p, int64_t block) PDARTS_LAMBDA {
-      for (int64_t line = 0; line < lines; ++line) next.ask(p, block * lines + line);
-    });
+    for (int64_t p = 0; p < pixels; ++p)
+      for (int64_t line = 0; line < lines; ++line) next.ask(p, line);
   }
+  multiply(a, pixels, depth, packed.pointwise, channels, fresh);
   finish_chunk(moments, fresh, pixels, channels, y);
 }
 
@@ -181,11 +188,12 @@ void branch_image(const Task& t, const Branch& b, const Packed<Operand<T>>& pack
                 room, fresh, y, moments);
 }
 
-// mean and biased variance of every branch from the groups' partial ones.
+// mean and biased variance of every branch from the groups' partial ones: all threads call it.
 template <class E>
-void finish(const Task& t, const Packed<E>* packed) {
+void finish(const Task& t, const Packed<E>* packed, Member& member) {
   const double pixels = static_cast<double>(t.out_height * t.out_width);
-  for (int64_t i = 0; i < t.num_branches; ++i) {
+  member.wait();
+  each(member, t.num_branches, 1, [&](int64_t i) {
     double* sums = t.branches[i].sums;
     Moments total{0.0, sums, sums + t.channels};
     std::memset(sums, 0, static_cast<size_t>(2 * t.channels) * sizeof(double));
@@ -196,7 +204,7 @@ void finish(const Task& t, const Packed<E>* packed) {
             part + t.channels, t.channels);
     }
     for (int64_t c = 0; c < t.channels; ++c) total.squares[c] /= total.count;
-  }
+  });
 }
 
 // What is read after branch i of image n: the next branch's input, or that of image `after`.
@@ -231,7 +239,7 @@ Work<T> make_work(const Task& t, int64_t height, int64_t width, Scratch& local) 
   const int64_t blocks = t.channels / V, padding = max_padding(t);
   const int64_t plane_floats = plane ? Plane::floats(height, width, padding, blocks) : 0;
   const int64_t room_floats = operand_floats(chunk_pixels(t), max_depth(t));
-  const int64_t fresh_numbers = chunk_pixels(t) * t.channels;
+  const int64_t fresh_numbers = operand_pixels(chunk_pixels(t)) * t.channels;
   int64_t bytes = Scratch::bytes_for<float>(plane_floats) + Scratch::bytes_for<float>(room_floats) +
                   Scratch::bytes_for<Fresh<T>>(fresh_numbers);
 #ifdef PDARTS_AMX
@@ -313,8 +321,8 @@ void run(const Task& t, bool second) {
       }
     });
     end_streams();
+    finish(t, packed, member);
   });
-  finish(t, packed);
 }
 
 }  // namespace

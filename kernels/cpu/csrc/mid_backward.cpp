@@ -161,7 +161,7 @@ void image_backward(const Task& t, const Branch& b, const Packed<T>& packed, int
       // Nothing is read while the weights' gradients are computed, so all is asked for here.
       const BothAhead<GradientAhead, Ahead> all{next_ahead<T>(t, next), ahead};
       WholeTiles whole;
-      if (wanted) dense_weights(t, b, packed, group, w.input, w.dense);
+      if (wanted) dense_weights(t, b, packed, group, n, w.input, w.dense);
       each_pair(plane, [&](int64_t rest, int64_t row, int64_t count) {
         const int64_t tiled = tiled_width(width) * V;
         for (int64_t i = 0; i < count; ++i)
@@ -188,7 +188,7 @@ void image_backward(const Task& t, const Branch& b, const Packed<T>& packed, int
                           PDARTS_LAMBDA { return load(w.v.data + block * w.v.plane + w.places[p]); },
                       w.a, w.dy, total);
   }
-  weights_backward(t, b, packed, group, w.v, w.grad);
+  weights_backward(t, b, packed, group, n, w.v, w.grad);
 }
 
 // What follows branch i of image n: the next one, or the first one of another image.
@@ -209,7 +209,6 @@ void run(const Task& t) {
     const Work work = make_work<T>(t, local_scratch);
     pack_backward(t, packed, member);
     each(member, t.groups, 1, [&](int64_t group) {
-      begin_group(t, packed, group);
       const Range range = group_range(t, group);
       for (int64_t n = range.begin; n < range.end; ++n)
         for (int64_t i = 0; i < t.num_branches; ++i)
@@ -220,11 +219,7 @@ void run(const Task& t) {
     finish_backward(t, packed, member);
   });
   for (int64_t i = 0; i < t.num_branches; ++i)
-    for (int64_t c = 0; c < 2 * channels; ++c) {
-      double sum = 0.0;
-      for (int64_t g = 0; g < t.groups; ++g) sum += partial[g * columns + i * 2 * channels + c];
-      t.branches[i].sums[c] = sum;
-    }
+    sum_groups(partial + i * 2 * channels, t.groups, columns, 2 * channels, t.branches[i].sums);
 }
 
 }  // namespace

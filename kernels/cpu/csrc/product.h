@@ -213,10 +213,18 @@ PDARTS_INLINE void product(const E* a, int64_t a_stride, int64_t pixels, int64_t
   if (n < columns) product_panel<1>(a, a_stride, pixels, packed, depth, n / V, put);
 }
 
+// out [operand_pixels, columns] = a times B.
+template <class E>
+PDARTS_INLINE void product_rows(const E* a, int64_t a_stride, int64_t pixels, int64_t depth, const E* packed,
+                                int64_t columns, float* out) {
+  product(a, a_stride, pixels, depth, packed, columns,
+          [&](int64_t p, int64_t block, Vec v) { store(out + p * columns + block * V, v); });
+}
+
 // `a` and `b` as left_side and right_side give them.
 template <int R, int NV, class E>
 PDARTS_INLINE void outer_tile(const E* a, int64_t a_stride, const E* b, int64_t b_stride,
-                              int64_t pixels, float* out, int64_t out_stride) {
+                              int64_t pixels, float* out, int64_t out_stride, bool begins) {
   Vec acc[R][NV];
   PDARTS_UNROLL
   for (int r = 0; r < R; ++r) {
@@ -239,43 +247,43 @@ PDARTS_INLINE void outer_tile(const E* a, int64_t a_stride, const E* b, int64_t 
     PDARTS_UNROLL
     for (int j = 0; j < NV; ++j) {
       float* o = out + r * out_stride + j * V;
-      store(o, load(o) + acc[r][j]);
+      store(o, begins ? acc[r][j] : load(o) + acc[r][j]);
     }
   }
 }
 
 template <int NV, class E>
 PDARTS_INLINE void outer_panel(const E* a, int64_t rows, const E* b, int64_t b_stride,
-                               int64_t pixels, float* out, int64_t out_stride) {
+                               int64_t pixels, float* out, int64_t out_stride, bool begins) {
   constexpr int kRows = kTileRows<NV>;
   int64_t i = 0;
   for (; i + kRows <= rows; i += kRows)
     outer_tile<kRows, NV>(a + i * kPair<E>, rows, b, b_stride, pixels,
-                        out + i * out_stride, out_stride);
+                        out + i * out_stride, out_stride, begins);
   if (kRows > 8 && i + 8 <= rows) {
     outer_tile<8, NV>(a + i * kPair<E>, rows, b, b_stride, pixels,
-                        out + i * out_stride, out_stride);
+                        out + i * out_stride, out_stride, begins);
     i += 8;
   }
   if (i + 4 <= rows) {
     outer_tile<4, NV>(a + i * kPair<E>, rows, b, b_stride, pixels,
-                        out + i * out_stride, out_stride);
+                        out + i * out_stride, out_stride, begins);
     i += 4;
   }
   for (; i < rows; i += 2)
     outer_tile<2, NV>(a + i * kPair<E>, rows, b, b_stride, pixels,
-                        out + i * out_stride, out_stride);
+                        out + i * out_stride, out_stride, begins);
 }
 
-// out [rows, columns] += sum over pixels of a[pixel][row] b[pixel][column]; rows is even. `a` and `b`
-// as left_side and right_side give them.
+// out [rows, columns] = or, unless it begins, += sum over pixels of a[pixel][row] b[pixel][column]; rows is
+// even. `a` and `b` as left_side and right_side give them.
 template <class E>
 PDARTS_INLINE void outer(const E* a, int64_t rows, const E* b, int64_t columns, int64_t pixels,
-                         float* out) {
+                         float* out, bool begins) {
   int64_t n = 0;
   for (; n + 2 * V <= columns; n += 2 * V)
-    outer_panel<2>(a, rows, b + n * kPair<E>, columns, pixels, out + n, columns);
-  if (n < columns) outer_panel<1>(a, rows, b + n * kPair<E>, columns, pixels, out + n, columns);
+    outer_panel<2>(a, rows, b + n * kPair<E>, columns, pixels, out + n, columns, begins);
+  if (n < columns) outer_panel<1>(a, rows, b + n * kPair<E>, columns, pixels, out + n, columns, begins);
 }
 
 }  // namespace PDARTS_VARIANT

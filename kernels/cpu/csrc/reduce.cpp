@@ -179,14 +179,8 @@ void run(const Task& t) {
           run_sums<T>(t, all, n, begin, min_of(begin + rows, t.out_height), factors, total);
     });
   });
-  for (int64_t i = 0; i <= t.num_branches; ++i) {
-    double* out = i == 0 ? t.sums : t.branches[i - 1].sums;
-    for (int64_t c = 0; c < channels; ++c) {
-      double sum = 0.0;
-      for (int64_t g = 0; g < t.groups; ++g) sum += partial[g * columns + i * channels + c];
-      out[c] = sum;
-    }
-  }
+  for (int64_t i = 0; i <= t.num_branches; ++i)
+    sum_groups(partial + i * channels, t.groups, columns, channels, i ? t.branches[i - 1].sums : t.sums);
 }
 
 }  // namespace

@@ -80,19 +80,6 @@ PDARTS_INLINE void store(BFloat* p, Vec v) {
 #endif
 }
 
-#ifdef PDARTS_BF16
-// Two vectors as a line of bfloat16, in one conversion, and each of them back.
-PDARTS_INLINE __m512i as_line(Vec first, Vec second) { return (__m512i)_mm512_cvtne2ps_pbh(second, first); }
-
-template <int Which>
-PDARTS_INLINE Vec half_of(__m512i line) {
-  const __m512i places = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6,
-                                          0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
-  const __m512i from = Which ? _mm512_add_epi16(places, _mm512_set1_epi16(V)) : places;
-  return (Vec)_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, from, line);
-}
-#endif
-
 // What load gives back after store.
 template <class T>
 PDARTS_INLINE Vec as_stored(Vec v) {

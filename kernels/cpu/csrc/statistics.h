@@ -1,7 +1,7 @@
 // Channel statistics: within a chunk in float, everything longer in double and in a fixed order.
 #pragma once
 
-#include "scratch.h"
+#include "lines.h"
 
 namespace pdarts {
 namespace PDARTS_VARIANT {
@@ -77,57 +77,6 @@ PDARTS_INLINE void finish_chunk(Moments& into, T* chunk, int64_t pixels, int64_t
 }
 
 #ifdef PDARTS_BF16
-// Vectors of a chunk [pixels, channels] that are rounded together: whole lines of bfloat16, in the order in
-// which they lie. The next ones begin `step` numbers further.
-struct Lines {
-  int64_t begin, step, count, channel;
-  bool pixels;  // the vectors are pixels of channels [channel, channel + V), not channels of a pixel
-
-  int64_t channel_of(int64_t vector) const { return pixels ? channel : channel + vector * V; }
-};
-
-// f(lines, Int<vectors>) for all vectors of a chunk: two pixels of one vector, four or two vectors of a pixel, or
-// one that is left.
-template <class F>
-PDARTS_INLINE void each_line(int64_t pixels, int64_t channels, F f) {
-  if (channels == V) {
-    f(Lines{0, 2 * V, pixels / 2, 0, true}, Int<2>{});
-    if (pixels % 2) f(Lines{(pixels - 1) * V, V, 1, 0, true}, Int<1>{});
-    return;
-  }
-  int64_t c = 0;
-  for (; c + 4 * V <= channels; c += 4 * V) f(Lines{c, channels, pixels, c, false}, Int<4>{});
-  for (; c + 2 * V <= channels; c += 2 * V) f(Lines{c, channels, pixels, c, false}, Int<2>{});
-  if (c < channels) f(Lines{c, channels, pixels, c, false}, Int<1>{});
-}
-
-// Whether all lines of a chunk can be written past the caches.
-PDARTS_INLINE bool can_stream_lines(const BFloat* to, int64_t channels) {
-  return can_stream(to) && (channels == V || channels % (2 * V) == 0);
-}
-
-// Rounds N vectors that follow one another, writes them to `to` unless it is null, and gives back what is
-// written.
-template <int N>
-PDARTS_INLINE void round_lines(Vec (&v)[N], BFloat* to, bool past) {
-  if constexpr (N == 1) {
-    if (to) store(to, v[0]);
-    v[0] = half_of<0>(as_line(v[0], v[0]));
-  } else {
-    PDARTS_UNROLL
-    for (int i = 0; i < N; i += 2) {
-      const __m512i line = as_line(v[i], v[i + 1]);
-      if (to && past) _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i * V), line);
-      else if (to) _mm512_storeu_si512(to + i * V, line);
-      v[i] = half_of<0>(line);
-      v[i + 1] = half_of<1>(line);
-    }
-  }
-}
-
-// Sums of lines alternate between chains: one waits for its last addition.
-constexpr int kLineChains = 2;
-
 // As above. Deviations are from the first pixel: their mean's square, which is subtracted, is at most
 // `pixels` times the variance, and is about as large on average.
 PDARTS_SHARED void finish_chunk(Moments& into, const float* chunk, int64_t pixels, int64_t channels,
@@ -175,7 +124,7 @@ PDARTS_SHARED void finish_chunk(Moments& into, const float* chunk, int64_t pixel
     for (int j = 0; j < (lines.pixels ? 1 : N); ++j) {
       const Vec off = sum[0][j] * inverse;
       add_moments(into, before, static_cast<double>(count), lines.channel_of(j), pivot[j] + off,
-                  maximum(square[0][j] - sum[0][j] * off, Vec{}));
+                  relu(square[0][j] - sum[0][j] * off));
     }
     if (lines.pixels) before += static_cast<double>(count);
   });
@@ -186,6 +135,13 @@ PDARTS_SHARED void finish_chunk(Moments& into, const float* chunk, int64_t pixel
 // total[c] += chunk[c], float into double.
 PDARTS_INLINE void add_sums(double* total, const float* chunk, int64_t count) {
   for (int64_t c = 0; c < count; ++c) total[c] += static_cast<double>(chunk[c]);
+}
+
+// total[i] = sum over groups of part[group * stride + i] for i < count, in the order of the groups.
+PDARTS_INLINE void sum_groups(const double* part, int64_t groups, int64_t stride, int64_t count, double* total) {
+  for (int64_t i = 0; i < count; ++i) total[i] = 0.0;
+  for (int64_t g = 0; g < groups; ++g)
+    for (int64_t i = 0; i < count; ++i) total[i] += part[g * stride + i];
 }
 
 // out(i, sum over groups of part[group * stride + i]) for i < count, in double and in the order of the

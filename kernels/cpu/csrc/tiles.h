@@ -122,6 +122,25 @@ PDARTS_INLINE void product(const BFloat* a, int64_t a_stride, int64_t pixels, in
   }
 }
 
+// The same straight to out [operand_pixels, columns].
+PDARTS_INLINE void product_rows(const BFloat* a, int64_t a_stride, int64_t pixels, int64_t depth,
+                                const BFloat* packed, int64_t columns, float* out) {
+  const int64_t out_bytes = columns * static_cast<int64_t>(sizeof(float));
+  for (int64_t n = 0; n < columns; n += V) {
+    const int64_t panel = n / (2 * V) * (2 * V), width = min_of(2 * V, columns - panel);
+    const BFloat* right = packed + panel * depth + (n - panel) * 2;
+    for (int64_t pixel = 0; pixel < pixels; pixel += kSums * kTileSide) {
+      const int64_t rows = min_of(kSums * kTileSide, pixels - pixel);
+      const int64_t count = (rows + kTileSide - 1) / kTileSide;
+      each_sum(count, [&](auto i) PDARTS_LAMBDA { clear_tile<i.value>(); });
+      add_products(count, a + pixel * a_stride, a_stride, right, 2 * width, depth);
+      each_sum(count, [&](auto i) PDARTS_LAMBDA {
+        store_tile<i.value>(out + (pixel + i.value * kTileSide) * columns + n, out_bytes);
+      });
+    }
+  }
+}
+
 // Row i of `out` is column i of `in`: 16 x 16 numbers of 32 bits.
 PDARTS_INLINE void transpose(const __m512i* in, __m512i* out) {
   // Swapping the halves of two rows that differ in one bit of their number, for each of its four bits.
@@ -166,16 +185,17 @@ PDARTS_INLINE const BFloat* left_side(BFloat* rows, int64_t pixels, int64_t colu
   return channels;
 }
 
-// out [rows, columns] += sum over pixels of a[row][pixel] b[pixel][column].
+// out [rows, columns] = or, unless it begins, += sum over pixels of a[row][pixel] b[pixel][column].
 PDARTS_INLINE void outer(const BFloat* a, int64_t rows, const BFloat* b, int64_t columns,
-                         int64_t pixels, float* out) {
+                         int64_t pixels, float* out, bool begins) {
   const int64_t padded = operand_pixels(pixels), row_bytes = columns * 4;
   for (int64_t n = 0; n < columns; n += V)
     for (int64_t row = 0; row < rows; row += kSums * kTileSide) {
       const int64_t count = min_of(kSums, (rows - row) / kTileSide);
       float* sums = out + row * columns + n;
       each_sum(count, [&](auto i) PDARTS_LAMBDA {
-        load_tile<i.value>(sums + i.value * kTileSide * columns, row_bytes);
+        if (begins) clear_tile<i.value>();
+        else load_tile<i.value>(sums + i.value * kTileSide * columns, row_bytes);
       });
       add_products(count, a + row * padded, padded, b + 2 * n, 2 * columns, padded);
       each_sum(count, [&](auto i) PDARTS_LAMBDA {
