@@ -295,7 +295,8 @@ PDARTS_SHARED void dense_gradient(const Task& t, const Branch& b, int64_t n, con
   const auto dy = [&](int64_t p) PDARTS_LAMBDA {
     return of_grad * load(grad + p * b.grad_stride) + of_y * load(y + p * V) + constant;
   };
-  each_pair(plane, [&](int64_t, int64_t row, int64_t count) {
+  each_pair(plane, [&](const RowPair& pair) {
+    const int64_t row = pair.row;
     BFloat *first = plane.row(row), *second = plane.row(row + b.dilation);
     const bool one_line = second == first + V;
     for (int64_t begin = 0; begin < width; begin += kTileSide) {
@@ -307,7 +308,7 @@ PDARTS_SHARED void dense_gradient(const Task& t, const Branch& b, int64_t n, con
           continue;
         }
         const int64_t column = begin + i, p = row * width + column;
-        const __m512i line = as_line(dy(p), count == 2 ? dy(p + step) : Vec{});
+        const __m512i line = as_line(dy(p), pair.count == 2 ? dy(p + step) : Vec{});
         if (one_line) {
           _mm512_storeu_si512(first + column * kLine, line);
         } else {
@@ -325,13 +326,13 @@ PDARTS_SHARED void dense_gradient(const Task& t, const Branch& b, int64_t n, con
   });
 }
 
-// Weight gradients of a dense convolution from its turned dy and the input's planes.
+// Weight gradients of a dense convolution from its turned dy and the input's planes. `ahead` is what follows.
 PDARTS_INLINE void dense_weights(const Task& t, const Branch& b, const BackwardBranch<BFloat>& packed,
                                  int64_t group, int64_t n, const DensePlanes& input,
-                                 const DenseGradients& w) {
+                                 const DenseGradients& w, const Ahead& ahead) {
   const PairedRows* planes = input.all[b.dilation - 1];
-  b.kernel == 3 ? dense_weights<3>(w.turned, planes, w.moments)
-                : dense_weights<5>(w.turned, planes, w.moments);
+  b.kernel == 3 ? dense_weights<3>(w.turned, planes, ahead, w.moments)
+                : dense_weights<5>(w.turned, planes, ahead, w.moments);
   add_weight_gradients(b, packed.depthwise, w.moments, group_depthwise(t, b, packed, group),
                        group_pointwise(t, b, packed, group), begins_group(t, group, n, 0));
 }

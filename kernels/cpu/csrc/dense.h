@@ -97,12 +97,18 @@ struct PairedRows {
   }
 };
 
-// f(class, row, count) for the pairs of rows of a line: `row` and, if count is 2, the one `dilation` after it.
+// Two rows of a class, `dilation` apart; a last one may be alone.
+struct RowPair {
+  int64_t rest, row, count;
+  int64_t number;  // of pairs before this one
+};
+
 template <class F>
 PDARTS_INLINE void each_pair(const PairedRows& plane, F f) {
+  int64_t number = 0;
   for (int64_t rest = 0; rest < plane.dilation; ++rest)
-    for (int64_t row = rest; row < plane.height; row += 2 * plane.dilation)
-      f(rest, row, row + plane.dilation < plane.height ? 2 : 1);
+    for (int64_t row = rest; row < plane.height; row += 2 * plane.dilation, ++number)
+      f(RowPair{rest, row, row + plane.dilation < plane.height ? 2 : 1, number});
 }
 
 // plane = f(pixel) for every pixel of the image, in all planes that are not null.
@@ -176,12 +182,14 @@ PDARTS_SHARED void pack_dense(const Branch& b, const float* depthwise, bool tran
         }
 }
 
-// first and second [tiled_width][16] = or += two rows of a convolution. Needs `WholeTiles`.
-template <int K>
-PDARTS_INLINE void dense_rows(const PairedRows& plane, const BFloat* weights, int64_t rest, int64_t row,
-                              float* first, float* second, bool add) {
+// first and second [tiled_width][16] = or += a pair of rows of a convolution. Asks `ahead` for as many pixels,
+// all over the products: no more than some lines can be on their way. Needs `WholeTiles`.
+template <int K, class A>
+PDARTS_INLINE void dense_rows(const PairedRows& plane, const BFloat* weights, const RowPair& pair, float* first,
+                              float* second, bool add, const A& ahead) {
   const int64_t width = tiled_width(plane.width), next_line = plane.columns() * kLine;
   const int64_t step = plane.dilation * kLine;
+  constexpr int64_t kLines = (K + 1) / 2, kAsked = (4 * kTileSide / (kLines * K) + 2) / 2 * 2;
   for (int64_t column = 0; column < width; column += 2 * kTileSide) {
     const bool two = column + kTileSide < width;
     float *left = first + column * V, *right = left + kTileSide * V;
@@ -198,10 +206,12 @@ PDARTS_INLINE void dense_rows(const PairedRows& plane, const BFloat* weights, in
       clear_tile<3>();
     }
     const BFloat* w = weights;
-    const BFloat* lines = plane.line(rest, row / plane.dilation / 2, column + (kLead - K / 2) * plane.dilation);
-    for (int i = 0; i < (K + 1) / 2; ++i, lines += next_line) {
+    const BFloat* lines =
+        plane.line(pair.rest, pair.row / plane.dilation / 2, column + (kLead - K / 2) * plane.dilation);
+    int64_t asked = pair.number * 2 * plane.width + 2 * column;
+    for (int i = 0; i < kLines; ++i, lines += next_line) {
       PDARTS_UNROLL
-      for (int k = 0; k < K; ++k, w += 2 * kTile) {
+      for (int k = 0; k < K; ++k, w += 2 * kTile, asked += kAsked) {
         const BFloat* pixels = lines + k * step;
         load_tile<kFirstRow>(w, kLineBytes);
         load_tile<kPixels>(pixels, kLineBytes);
@@ -211,6 +221,7 @@ PDARTS_INLINE void dense_rows(const PairedRows& plane, const BFloat* weights, in
         if (two) multiply_tiles<1, kNextPixels, kFirstRow>();
         multiply_tiles<2, kPixels, kSecondRow>();
         if (two) multiply_tiles<3, kNextPixels, kSecondRow>();
+        ahead.ask_all(asked, kAsked);
       }
     }
     store_tile<0>(left, kLineBytes);
@@ -220,21 +231,23 @@ PDARTS_INLINE void dense_rows(const PairedRows& plane, const BFloat* weights, in
   }
 }
 
-PDARTS_INLINE void dense_rows(const Branch& b, const PairedRows& plane, const BFloat* weights, int64_t rest,
-                              int64_t row, float* first, float* second, bool add) {
-  b.kernel == 3 ? dense_rows<3>(plane, weights, rest, row, first, second, add)
-                : dense_rows<5>(plane, weights, rest, row, first, second, add);
+template <class A>
+PDARTS_INLINE void dense_rows(const Branch& b, const PairedRows& plane, const BFloat* weights,
+                              const RowPair& pair, float* first, float* second, bool add, const A& ahead) {
+  b.kernel == 3 ? dense_rows<3>(plane, weights, pair, first, second, add, ahead)
+                : dense_rows<5>(plane, weights, pair, first, second, add, ahead);
 }
 
 // Pairs of rows that stay in the first-level cache for all taps.
 constexpr int64_t kStrip = 8;
 
 // sums [taps][16][16] = M of an image: `turned` has dy of all pairs of rows, `planes` v in turns, early and
-// late.
+// late. Asks `ahead` for as many pixels.
 template <int K>
-PDARTS_INLINE void dense_weights(const BFloat* turned, const PairedRows* planes, float* sums) {
+PDARTS_INLINE void dense_weights(const BFloat* turned, const PairedRows* planes, const Ahead& ahead, float* sums) {
   const int64_t pairs = planes->pairs(), dilation = planes->dilation;
   const int64_t width = tiled_width(planes->width), tiles = width / kTileSide;
+  constexpr int64_t kAsked = (2 * kTileSide / K + 2) / 2 * 2;
   const auto each_column = [&](auto f) PDARTS_LAMBDA {
     f(std::integral_constant<int, 0>());
     f(std::integral_constant<int, 1>());
@@ -242,12 +255,16 @@ PDARTS_INLINE void dense_weights(const BFloat* turned, const PairedRows* planes,
     if constexpr (K == 5) f(std::integral_constant<int, 3>());
     if constexpr (K == 5) f(std::integral_constant<int, 4>());
   };
-  std::memset(sums, 0, static_cast<size_t>(K * K * V * V) * sizeof(float));
   for (int64_t rest = 0; rest < dilation; ++rest)
     for (int64_t begin = 0; begin < pairs; begin += kStrip)
-      for (int64_t tap = 0; tap < K; ++tap) {
+      // Rows of the kernel that read one plane, then those that read the other.
+      for (int64_t i = 0; i < K; ++i) {
+        const int64_t tap = i <= K / 2 ? 2 * i : 2 * (i - K / 2) - 1;
         float* sum = sums + tap * K * V * V;
-        each_column([&](auto k) PDARTS_LAMBDA { load_tile<k.value>(sum + k.value * V * V, kLineBytes); });
+        each_column([&](auto k) PDARTS_LAMBDA {
+          if (rest + begin == 0) clear_tile<k.value>();
+          else load_tile<k.value>(sum + k.value * V * V, kLineBytes);
+        });
         const int64_t place = tap + kLead - K / 2;
         const PairedRows& plane = planes[place % 2];
         for (int64_t pair = begin; pair < min_of(begin + kStrip, pairs); ++pair)
@@ -260,6 +277,7 @@ PDARTS_INLINE void dense_weights(const BFloat* turned, const PairedRows* planes,
               load_tile<kRight>(lines + k.value * dilation * kLine, kLineBytes);
               multiply_tiles<k.value, kTurned, kRight>();
             });
+            ahead.ask_all(((rest * pairs + pair) * tiles + tile) * 2 * kTileSide + i * kAsked, kAsked);
           }
         each_column([&](auto k) PDARTS_LAMBDA { store_tile<k.value>(sum + k.value * V * V, kLineBytes); });
       }

@@ -132,12 +132,10 @@ template <class A>
 PDARTS_INLINE void add_dense(const Task& t, const Branch& b, const Packed<BFloat>& packed, const Work& w,
                              bool begins, const A& ahead) {
   const PairedRows& plane = w.dense.planes.of(b);
-  each_pair(plane, [&](int64_t rest, int64_t row, int64_t count) {
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t column = 0; column < t.out_width; ++column)
-        ahead.ask((row + i * b.dilation) * t.out_width + column, 0);
+  each_pair(plane, [&](const RowPair& pair) PDARTS_LAMBDA {
     // A last row alone has another one, which nobody reads, behind it.
-    dense_rows(b, plane, packed.dense, rest, row, w.dx.at(0, row, 0), w.dx.at(0, row + b.dilation, 0), !begins);
+    dense_rows(b, plane, packed.dense, pair, w.dx.at(0, pair.row, 0), w.dx.at(0, pair.row + b.dilation, 0),
+               !begins, ahead);
   });
 }
 #endif
@@ -165,12 +163,14 @@ void conv_backward(const Task& t, const Branch& b, const Packed<T>& packed, int6
     if (is_dense<T>(t)) {
       dense_gradient(t, b, n, w.dense.planes.of(b), packed.grad_pointwise ? w.dense.turned : nullptr);
       WholeTiles whole;
-      if (packed.grad_pointwise) dense_weights(t, b, packed, group, n, w.input, w.dense);
-      // Nothing is read while the weights' gradients are computed, so all is asked for here.
-      const Ahead* first = after[0] ? after[0] : after[1];
       const GradientAhead gradient = next_ahead<T>(t, next);
-      if (first) add_dense(t, b, packed, w, begins, both_ahead(gradient, both_ahead(*first, after[1] ? *after[1] : *first)));
-      else add_dense(t, b, packed, w, begins, gradient);
+      if (packed.grad_pointwise) dense_weights(t, b, packed, group, n, w.input, w.dense, gradient.second);
+      const Ahead* first = after[0] ? after[0] : after[1];
+      if (first)
+        add_dense(t, b, packed, w, begins,
+                  both_ahead(gradient.first, both_ahead(*first, after[1] ? *after[1] : *first)));
+      else
+        add_dense(t, b, packed, w, begins, gradient.first);
       return;
     }
 #endif

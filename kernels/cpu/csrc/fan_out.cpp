@@ -165,14 +165,12 @@ void dense_branch(const Task& t, const Branch& b, const Packed<BFloat>& packed, 
   BFloat* y = b.y ? static_cast<BFloat*>(b.y) + n * t.out_height * width * V : nullptr;
   const auto out = [&](int64_t row) { return y ? y + row * width * V : nullptr; };
   WholeTiles whole;
-  each_pair(plane, [&](int64_t rest, int64_t row, int64_t count) {
-    dense_rows(b, plane, packed.dense, rest, row, sums, sums + tiled, false);
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t column = 0; column < width; ++column)
-        ahead.ask((row + i * b.dilation) * width + column, 0);
-    if (b.dilation == 1 && tiled == width * V) return finish_chunk(moments, sums, count * width, V, out(row));
-    for (int64_t i = 0; i < count; ++i)
-      finish_chunk(moments, sums + i * tiled, width, V, out(row + i * b.dilation));
+  each_pair(plane, [&](const RowPair& pair) {
+    dense_rows(b, plane, packed.dense, pair, sums, sums + tiled, false, ahead);
+    if (b.dilation == 1 && tiled == width * V)
+      return finish_chunk(moments, sums, pair.count * width, V, out(pair.row));
+    for (int64_t i = 0; i < pair.count; ++i)
+      finish_chunk(moments, sums + i * tiled, width, V, out(pair.row + i * b.dilation));
   });
 }
 #endif

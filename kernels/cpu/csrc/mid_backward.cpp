@@ -158,19 +158,17 @@ void image_backward(const Task& t, const Branch& b, const Packed<T>& packed, int
       const bool wanted = packed.grad_pointwise;
       dense_gradient(t, b, n, plane, wanted ? w.dense.turned : nullptr);
       if (wanted) fill_in_turns(planes[0], planes[1], input);
-      // Nothing is read while the weights' gradients are computed, so all is asked for here.
-      const BothAhead<GradientAhead, Ahead> all{next_ahead<T>(t, next), ahead};
+      const GradientAhead gradient = next_ahead<T>(t, next);
       WholeTiles whole;
-      if (wanted) dense_weights(t, b, packed, group, n, w.input, w.dense);
-      each_pair(plane, [&](int64_t rest, int64_t row, int64_t count) {
+      if (wanted) dense_weights(t, b, packed, group, n, w.input, w.dense, gradient.second);
+      const BothAhead<Ahead, Ahead> others{gradient.first, ahead};
+      each_pair(plane, [&](const RowPair& pair) PDARTS_LAMBDA {
         const int64_t tiled = tiled_width(width) * V;
-        for (int64_t i = 0; i < count; ++i)
-          for (int64_t column = 0; column < width; ++column)
-            all.ask((row + i * b.dilation) * width + column, 0);
-        dense_rows(b, plane, packed.dense, rest, row, w.sums, w.sums + tiled, false);
-        for (int64_t i = 0; i < count; ++i)
-          input_gradient<T>(t, b, n, row + i * b.dilation, row + i * b.dilation + 1, forward,
-                            w.sums + i * tiled, w.dy, total);
+        dense_rows(b, plane, packed.dense, pair, w.sums, w.sums + tiled, false, others);
+        for (int64_t i = 0; i < pair.count; ++i) {
+          const int64_t row = pair.row + i * b.dilation;
+          input_gradient<T>(t, b, n, row, row + 1, forward, w.sums + i * tiled, w.dy, total);
+        }
       });
       return;
     }

@@ -173,6 +173,13 @@ struct Ahead {
   PDARTS_INLINE_METHOD void ask(int64_t pixel, int64_t block) const {
     ask_for(data + pixel * pixel_bytes + block * block_bytes);
   }
+
+  // The first block of pixels [first, first + count), a line once.
+  PDARTS_INLINE_METHOD void ask_all(int64_t first, int64_t count) const {
+    const char* end = data + (first + count) * pixel_bytes;
+    const int64_t step = pixel_bytes < 64 ? 64 : pixel_bytes;
+    for (const char* p = data + first * pixel_bytes; p < end; p += step) ask_for(p);
+  }
 };
 
 // Two things that are asked for together.
@@ -186,6 +193,11 @@ struct BothAhead {
   PDARTS_INLINE_METHOD void ask(int64_t pixel, int64_t block) const {
     first.ask(pixel, block);
     second.ask(pixel, block);
+  }
+
+  PDARTS_INLINE_METHOD void ask_all(int64_t begin, int64_t count) const {
+    first.ask_all(begin, count);
+    second.ask_all(begin, count);
   }
 };
 
