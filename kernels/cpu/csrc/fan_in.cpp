@@ -164,13 +164,15 @@ void conv_backward(const Task& t, const Branch& b, const Packed<T>& packed, int6
       dense_gradient(t, b, n, w.dense.planes.of(b), packed.grad_pointwise ? w.dense.turned : nullptr);
       WholeTiles whole;
       const GradientAhead gradient = next_ahead<T>(t, next);
-      if (packed.grad_pointwise) dense_weights(t, b, packed, group, n, w.input, w.dense, gradient.second);
       const Ahead* first = after[0] ? after[0] : after[1];
-      if (first)
-        add_dense(t, b, packed, w, begins,
-                  both_ahead(gradient.first, both_ahead(*first, after[1] ? *after[1] : *first)));
-      else
-        add_dense(t, b, packed, w, begins, gradient.first);
+      const auto add = [&](const auto& asked) PDARTS_LAMBDA {
+        if (!first) return add_dense(t, b, packed, w, begins, asked);
+        const BothAhead<Ahead, Ahead> last{*first, after[1] ? *after[1] : *first};
+        add_dense(t, b, packed, w, begins, both_ahead(asked, last));
+      };
+      if (!packed.grad_pointwise) return add(gradient);
+      dense_weights(t, b, packed, group, n, w.input, w.dense, gradient.second);
+      add(gradient.first);
       return;
     }
 #endif

@@ -153,23 +153,24 @@ void image_backward(const Task& t, const Branch& b, const Packed<T>& packed, int
   if constexpr (std::is_same<T, BFloat>::value)
     if (is_dense<T>(t)) {
       const PairedRows* planes = w.input.all[b.dilation - 1];
-      const auto input = [&](int64_t p) PDARTS_LAMBDA { return forward(p, 0); };
       const PairedRows& plane = w.dense.planes.of(b);
-      const bool wanted = packed.grad_pointwise;
-      dense_gradient(t, b, n, plane, wanted ? w.dense.turned : nullptr);
-      if (wanted) fill_in_turns(planes[0], planes[1], input);
+      dense_gradient(t, b, n, plane, packed.grad_pointwise ? w.dense.turned : nullptr);
       const GradientAhead gradient = next_ahead<T>(t, next);
       WholeTiles whole;
-      if (wanted) dense_weights(t, b, packed, group, n, w.input, w.dense, gradient.second);
-      const BothAhead<Ahead, Ahead> others{gradient.first, ahead};
-      each_pair(plane, [&](const RowPair& pair) PDARTS_LAMBDA {
-        const int64_t tiled = tiled_width(width) * V;
-        dense_rows(b, plane, packed.dense, pair, w.sums, w.sums + tiled, false, others);
-        for (int64_t i = 0; i < pair.count; ++i) {
-          const int64_t row = pair.row + i * b.dilation;
-          input_gradient<T>(t, b, n, row, row + 1, forward, w.sums + i * tiled, w.dy, total);
-        }
-      });
+      const auto of_input = [&](const auto& asked) PDARTS_LAMBDA {
+        each_pair(plane, [&](const RowPair& pair) PDARTS_LAMBDA {
+          const int64_t tiled = tiled_width(width) * V;
+          dense_rows(b, plane, packed.dense, pair, w.sums, w.sums + tiled, false, both_ahead(asked, ahead));
+          for (int64_t i = 0; i < pair.count; ++i) {
+            const int64_t row = pair.row + i * b.dilation;
+            input_gradient<T>(t, b, n, row, row + 1, forward, w.sums + i * tiled, w.dy, total);
+          }
+        });
+      };
+      if (!packed.grad_pointwise) return of_input(gradient);
+      fill_in_turns(planes[0], planes[1], [&](int64_t p) PDARTS_LAMBDA { return forward(p, 0); });
+      dense_weights(t, b, packed, group, n, w.input, w.dense, gradient.second);
+      of_input(gradient.first);
       return;
     }
 #endif
