@@ -232,7 +232,6 @@ PDARTS_INLINE void pointwise_backward(const Task& t, const Branch& b,
   output_gradient<T>(t, b, image + begin * width, pixels, dy);
   const GradientAhead ahead = end < t.out_height ? gradient_ahead<T>(t, b, image + end * width)
                                                  : next_ahead<T>(t, next);
-  // What follows is asked for all over the computation: no more than some lines can be on their way.
   const auto into_plane = [&](const auto& asked) PDARTS_LAMBDA {
     const int32_t* at = places + begin * width;
     if (!incoming && !skip)
@@ -241,9 +240,17 @@ PDARTS_INLINE void pointwise_backward(const Task& t, const Branch& b,
     const BothAhead<Ahead, Ahead> last{first, skip ? skip->from(begin * width) : first};
     product_into_plane(dy, pixels, channels, packed.pointwise, at, grad, both_ahead(asked, last));
   };
+  const auto forward = [&](const auto& asked) PDARTS_LAMBDA {
+    depthwise_chunk(b, src, packed.depthwise, channels, begin, end, width, asked, a);
+  };
   if (!packed.grad_pointwise) return into_plane(ahead);
-  into_plane(ahead.second);
-  depthwise_chunk(b, src, packed.depthwise, channels, begin, end, width, ahead.first, a);
+  if (kAskInStencils && b.stride == 1) {
+    into_plane(NothingAhead{});
+    forward(ahead.second);
+  } else {
+    into_plane(ahead);
+    forward(NothingAhead{});
+  }
   add_outer(dy, channels, a, channels, pixels, group_pointwise(t, b, packed, group),
             begins_group(t, group, n, begin));
 }

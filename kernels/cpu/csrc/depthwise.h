@@ -82,22 +82,27 @@ PDARTS_INLINE void depthwise_columns(const Plane& src, int64_t padding, const fl
   }
 }
 
-// Rows [begin, end) of the convolution: put(row, column, channel block, value) once an output.
-template <int K, int D, int S, class Put>
+// Rows [begin, end) of the convolution: put(row, column, channel block, value) once an output. Asks `ahead` for
+// as many pixels.
+template <int K, int D, int S, class A, class Put>
 PDARTS_INLINE void depthwise_rows(const Plane& src, int64_t padding, const float* w,
                                   int64_t blocks, int64_t begin, int64_t end, int64_t width,
-                                  Put put) {
+                                  const A& ahead, Put put) {
   for (int64_t block = 0; block < blocks; ++block) {
     const float* taps = w + block * K * K * V;
     for (int64_t row = begin; row < end; ++row) {
       int64_t column = 0;
       if constexpr (kWideColumns > kColumns)
-        for (; width - column > kColumns; column += kWideColumns)
+        for (; width - column > kColumns; column += kWideColumns) {
+          ahead.ask_share((row - begin) * width + column, kWideColumns, block);
           depthwise_columns<K, D, S, kWideColumns>(src, padding, taps, block, row, column,
                                                    width - column, put);
-      for (; column < width; column += kColumns)
+        }
+      for (; column < width; column += kColumns) {
+        ahead.ask_share((row - begin) * width + column, kColumns, block);
         depthwise_columns<K, D, S, kColumns>(src, padding, taps, block, row, column,
                                              width - column, put);
+      }
     }
   }
 }
@@ -245,17 +250,15 @@ PDARTS_INLINE void depthwise_weights(const Plane& grad, const Plane& src, int64_
 
 // a [(end - begin) * width, channels] = rows [begin, end) of a branch's depthwise convolution. Asks `ahead`
 // for as many pixels.
-template <class E>
+template <class E, class A>
 PDARTS_SHARED void depthwise_chunk(const Branch& b, const Plane& src, const float* w,
                                    int64_t channels, int64_t begin, int64_t end, int64_t width,
-                                   const Ahead& ahead, E* a) {
+                                   const A& ahead, E* a) {
   with_kernel(b, [&](auto k, auto d, auto s) {
     depthwise_rows<k.value, d.value, s.value>(
-        src, b.padding, w, channels / V, begin, end, width,
+        src, b.padding, w, channels / V, begin, end, width, ahead,
         [&](int64_t row, int64_t column, int64_t block, Vec v) {
-          const int64_t p = (row - begin) * width + column;
-          ahead.ask(p, block);
-          store(a + p * channels + block * V, v);
+          store(a + ((row - begin) * width + column) * channels + block * V, v);
         });
   });
 }

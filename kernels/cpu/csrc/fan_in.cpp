@@ -110,13 +110,13 @@ Work make_work(const Task& t, const Sizes& s, Scratch& local) {
 }
 
 // dx = the transposed depthwise convolution of grad, added to what is there unless it is the `first`.
-template <class E>
+template <class E, class A>
 PDARTS_SHARED void add_transposed(const Branch& b, const BackwardBranch<E>& packed, int64_t blocks,
-                                  const Plane& grad, const Plane& dx, bool first) {
+                                  const Plane& grad, const Plane& dx, bool first, const A& ahead) {
   with_kernel(b, [&](auto k, auto d, auto s) {
     if constexpr (s.value == 1)
       depthwise_rows<k.value, d.value, 1>(
-          grad, b.padding, packed.flipped, blocks, 0, dx.height, dx.width,
+          grad, b.padding, packed.flipped, blocks, 0, dx.height, dx.width, ahead,
           [&](int64_t row, int64_t column, int64_t block, Vec v) {
             float* o = dx.at(block, row, column);
             store(o, first ? v : load(o) + v);
@@ -180,7 +180,7 @@ void conv_backward(const Task& t, const Branch& b, const Packed<T>& packed, int6
     pointwise_backward<T>(t, b, packed, group, n, begin, min_of(t.out_height, begin + rows), next,
                           w.x, w.grad, w.places, operands<T>(w.dy), operands<T>(w.a), after[0],
                           after[1]);
-  add_transposed(b, packed, t.channels / V, w.grad, w.dx, begins);
+  add_transposed(b, packed, t.channels / V, w.grad, w.dx, begins, ahead_if<kAskInStencils>(next_ahead<T>(t, next).first));
   weights_backward(t, b, packed, group, n, w.x, w.grad);
 }
 
@@ -203,7 +203,8 @@ void gathered_backward(const Task& t, const Branch& b, const Packed<T>& packed, 
   const int64_t depth = product_depth(t, b);
   output_gradient<T>(t, b, (n * t.out_height + begin) * width, pixels,
                      operands<T>(w.dy));
-  product_rows(operands<T>(w.dy), t.channels, pixels, t.channels, packed.pointwise, depth, w.a);
+  product_rows(operands<T>(w.dy), t.channels, pixels, t.channels, packed.pointwise, depth, w.a,
+               NothingAhead{});
   const int64_t phases = depth / cx;
   const float* a = w.a;
   for (int64_t row = begin; row < end; ++row)
@@ -237,7 +238,8 @@ void pointwise_image(const Task& t, const Packed<T>& packed, int64_t group, int6
       if (incoming) incoming += first * t.incoming_stride;
       const Ahead next_x = Ahead::of(x + pixels * t.x_stride, t.x_stride);
       const GradientAhead next = gradient_ahead<T>(t, b, first + pixels);
-      product_rows(operands<T>(w.dy), t.channels, pixels, t.channels, packed.pointwise, cx, w.a);
+      product_rows(operands<T>(w.dy), t.channels, pixels, t.channels, packed.pointwise, cx, w.a,
+                   NothingAhead{});
       write_rows(pixels, cx, static_cast<T*>(t.out) + first * t.out_stride, t.out_stride, !incoming,
                  [&](int64_t p, int64_t c) PDARTS_LAMBDA {
                    next_x.ask(p, c / V);

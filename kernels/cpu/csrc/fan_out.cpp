@@ -102,20 +102,15 @@ int64_t max_depth(const Task& t) {
 
 // Output rows [begin, end) of one image of one branch; `room` is for the chunk's matrix or the lines
 // of a pool, `fresh` for its outputs while they are in cache. `ahead` is the image that is read next.
-// fresh [pixels, columns] = a times W.
-template <class E>
-PDARTS_INLINE void multiply(const E* a, int64_t pixels, int64_t depth, const E* packed, int64_t columns,
-                            float* fresh) {
-  product_rows(a, depth, pixels, depth, packed, columns, fresh);
-}
+// What is read after a 1x1 convolution's pixels: its next ones, of which each has several lines for one of y.
+struct PixelsAhead {
+  Ahead input;
+  int64_t lines;
 
-// The same, rounded one by one.
-template <class E>
-PDARTS_INLINE void multiply(const E* a, int64_t pixels, int64_t depth, const E* packed, int64_t columns,
-                            BFloat* fresh) {
-  product(a, depth, pixels, depth, packed, columns,
-          [&](int64_t p, int64_t block, Vec v) { store(fresh + p * columns + block * V, v); });
-}
+  PDARTS_INLINE_METHOD void ask(int64_t pixel, int64_t block) const {
+    for (int64_t line = 0; line < lines; ++line) input.ask(pixel, block * lines + line);
+  }
+};
 
 // Numbers of a chunk that `finish_chunk` reads: it rounds whole lines of bfloat16 at a time.
 #ifdef PDARTS_BF16
@@ -140,19 +135,18 @@ void branch_rows(const Task& t, const Branch& b, const Packed<Operand<T>>& packe
   }
   const int64_t depth = depth_of(t, b);
   Operand<T>* a = operands<T>(room);
+  const auto multiply = [&](const auto& asked) PDARTS_LAMBDA {
+    product_rows(a, depth, pixels, depth, packed.pointwise, channels, fresh, asked);
+  };
+  const Ahead next = ahead.from(begin * width);
   if (b.kind == kConv) {
-    depthwise_chunk(b, plane, packed.depthwise, channels, begin, end, width, ahead.from(begin * width), a);
+    depthwise_chunk(b, plane, packed.depthwise, channels, begin, end, width, ahead_if<kAskInStencils>(next), a);
+    multiply(ahead_if<!kAskInStencils>(next));
   } else {
     gather(t, b, image, begin, end, a);
-    // A 1x1 convolution reads the pixels that follow, of which it has depth / C lines each.
-    const bool follows = b.kind == kPointwise;
-    const int64_t lines = follows ? depth / V : channels / V;
-    const Ahead next = follows ? Ahead::of(image + end * width * t.x_stride, t.x_stride)
-                               : ahead.from(begin * width);
-    for (int64_t p = 0; p < pixels; ++p)
-      for (int64_t line = 0; line < lines; ++line) next.ask(p, line);
+    if (b.kind != kPointwise) multiply(next);
+    else multiply(PixelsAhead{Ahead::of(image + end * width * t.x_stride, t.x_stride), max_of(depth / channels, 1)});
   }
-  multiply(a, pixels, depth, packed.pointwise, channels, fresh);
   finish_chunk(moments, fresh, pixels, channels, y);
 }
 

@@ -178,10 +178,11 @@ void image_backward(const Task& t, const Branch& b, const Packed<T>& packed, int
   for (int64_t begin = 0; begin < t.out_height; begin += rows)
     pointwise_backward<T>(t, b, packed, group, n, begin, min_of(t.out_height, begin + rows), next, w.v,
                           w.grad, w.places, operands<T>(w.dy), operands<T>(w.a));
+  const auto asked = both_ahead(ahead, ahead_if<kAskInStencils>(next_ahead<T>(t, next).first));
   for (int64_t begin = 0; begin < t.out_height; begin += rows) {
     const int64_t end = min_of(t.out_height, begin + rows);
     // The stride of a second half is 1, so its transposed convolution is one with turned kernels.
-    depthwise_chunk(b, w.grad, packed.flipped, channels, begin, end, width, ahead.from(begin * width), w.a);
+    depthwise_chunk(b, w.grad, packed.flipped, channels, begin, end, width, asked.from(begin * width), w.a);
     input_gradient<T>(t, b, n, begin, end,
                       [&](int64_t p, int64_t block)
                           PDARTS_LAMBDA { return load(w.v.data + block * w.v.plane + w.places[p]); },

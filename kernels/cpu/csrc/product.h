@@ -213,12 +213,14 @@ PDARTS_INLINE void product(const E* a, int64_t a_stride, int64_t pixels, int64_t
   if (n < columns) product_panel<1>(a, a_stride, pixels, packed, depth, n / V, put);
 }
 
-// out [operand_pixels, columns] = a times B.
-template <class E>
+// out [operand_pixels, columns] = a times B. Asks `ahead` for as many pixels.
+template <class E, class Out, class A>
 PDARTS_INLINE void product_rows(const E* a, int64_t a_stride, int64_t pixels, int64_t depth, const E* packed,
-                                int64_t columns, float* out) {
-  product(a, a_stride, pixels, depth, packed, columns,
-          [&](int64_t p, int64_t block, Vec v) { store(out + p * columns + block * V, v); });
+                                int64_t columns, Out* out, const A& ahead) {
+  product(a, a_stride, pixels, depth, packed, columns, [&](int64_t p, int64_t block, Vec v) {
+    ahead.ask(p, block);
+    store(out + p * columns + block * V, v);
+  });
 }
 
 // `a` and `b` as left_side and right_side give them.

@@ -174,12 +174,27 @@ struct Ahead {
     ask_for(data + pixel * pixel_bytes + block * block_bytes);
   }
 
+  // A block's share of the lines of pixels [first, first + count).
+  PDARTS_INLINE_METHOD void ask_share(int64_t first, int64_t count, int64_t block) const {
+    if (pixel_bytes < 64) return ask_all(first, count);
+    const int64_t blocks = 64 / block_bytes, share = count / blocks;
+    const char* p = data + (first + block % blocks * share) * pixel_bytes + block / blocks * 64;
+    for (int64_t i = 0; i < share; ++i, p += pixel_bytes) ask_for(p);
+  }
+
   // The first block of pixels [first, first + count), a line once.
   PDARTS_INLINE_METHOD void ask_all(int64_t first, int64_t count) const {
     const char* end = data + (first + count) * pixel_bytes;
     const int64_t step = pixel_bytes < 64 ? 64 : pixel_bytes;
     for (const char* p = data + first * pixel_bytes; p < end; p += step) ask_for(p);
   }
+};
+
+// Asks for nothing.
+struct NothingAhead {
+  NothingAhead from(int64_t) const { return {}; }
+  void ask(int64_t, int64_t) const {}
+  void ask_share(int64_t, int64_t, int64_t) const {}
 };
 
 // Two things that are asked for together.
@@ -195,6 +210,11 @@ struct BothAhead {
     second.ask(pixel, block);
   }
 
+  PDARTS_INLINE_METHOD void ask_share(int64_t begin, int64_t count, int64_t block) const {
+    first.ask_share(begin, count, block);
+    second.ask_share(begin, count, block);
+  }
+
   PDARTS_INLINE_METHOD void ask_all(int64_t begin, int64_t count) const {
     first.ask_all(begin, count);
     second.ask_all(begin, count);
@@ -204,6 +224,20 @@ struct BothAhead {
 template <class First, class Second>
 PDARTS_INLINE BothAhead<First, Second> both_ahead(const First& first, const Second& second) {
   return {first, second};
+}
+
+// A convolution is a stencil and a product. What follows is asked for in one of them: no more than some lines can
+// be on their way, and a product on tiles is over before they arrive.
+#ifdef PDARTS_AMX
+constexpr bool kAskInStencils = true;
+#else
+constexpr bool kAskInStencils = false;
+#endif
+
+template <bool kHere, class A>
+PDARTS_INLINE auto ahead_if(const A& ahead) {
+  if constexpr (kHere) return ahead;
+  else return NothingAhead{};
 }
 
 }  // namespace PDARTS_VARIANT

@@ -122,9 +122,12 @@ PDARTS_INLINE void product(const BFloat* a, int64_t a_stride, int64_t pixels, in
   }
 }
 
-// The same straight to out [operand_pixels, columns].
+// As in product.h.
+template <class A>
 PDARTS_INLINE void product_rows(const BFloat* a, int64_t a_stride, int64_t pixels, int64_t depth,
-                                const BFloat* packed, int64_t columns, float* out) {
+                                const BFloat* packed, int64_t columns, float* out, const A& ahead) {
+  for (int64_t p = 0; p < pixels; ++p)
+    for (int64_t block = 0; block < columns / V; ++block) ahead.ask(p, block);
   const int64_t out_bytes = columns * static_cast<int64_t>(sizeof(float));
   for (int64_t n = 0; n < columns; n += V) {
     const int64_t panel = n / (2 * V) * (2 * V), width = min_of(2 * V, columns - panel);
