@@ -10,13 +10,10 @@ namespace PDARTS_VARIANT {
 #if defined(__AVX512F__) && PDARTS_WIDTH == 16
 #define PDARTS_VECTORS_OF(type) __m512##type
 #define PDARTS_OP(name) _mm512_##name
-// Lanes of odd numbers from the second.
-PDARTS_INLINE __m512i odd_lanes_from(__m512i even, __m512i odd) {
-  return _mm512_mask_blend_epi32(0xAAAA, even, odd);
-}
 #elif defined(__AVX2__) && PDARTS_WIDTH == 8
 #define PDARTS_VECTORS_OF(type) __m256##type
 #define PDARTS_OP(name) _mm256_##name
+// Lanes of odd numbers from the second.
 PDARTS_INLINE __m256i odd_lanes_from(__m256i even, __m256i odd) {
   return _mm256_blend_epi32(even, odd, 0xAA);
 }
@@ -29,9 +26,17 @@ typedef PDARTS_VECTORS_OF(i) Words;
 PDARTS_INLINE void multiply(uint32_t multiplier, Bits word, Bits& high, Bits& low) {
   const Words by = (Words)(Bits{} + multiplier);
   const Words even = PDARTS_OP(mul_epu32)((Words)word, by);
+#if PDARTS_WIDTH == 16
+  // Shuffles take another port than products, where shifts take the same one.
+  constexpr _MM_PERM_ENUM kSwapped = static_cast<_MM_PERM_ENUM>(0xB1);
+  const Words odd = _mm512_mul_epu32(_mm512_shuffle_epi32((Words)word, kSwapped), by);
+  high = (Bits)_mm512_mask_shuffle_epi32(odd, 0x5555, even, kSwapped);
+  low = (Bits)_mm512_mask_shuffle_epi32(even, 0xAAAA, odd, kSwapped);
+#else
   const Words odd = PDARTS_OP(mul_epu32)(PDARTS_OP(srli_epi64)((Words)word, 32), by);
   high = (Bits)odd_lanes_from(PDARTS_OP(srli_epi64)(even, 32), odd);
   low = (Bits)odd_lanes_from(even, PDARTS_OP(slli_epi64)(odd, 32));
+#endif
 }
 
 // Word l of the block in lane i is v[l][i]; puts them in the order of `block_in_lane`.

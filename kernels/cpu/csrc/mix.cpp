@@ -29,6 +29,7 @@ PDARTS_SHARED void add_pools(const Task& t, const Pools& pools, int64_t n, int64
     const Vec of_mean = kMean ? load(pools.mean->scale + c) : Vec{};
     pool_rows(pool, any.stride, image, begin, end, c, [&](int64_t p, int, Vec most, Vec mean)
                                                           PDARTS_LAMBDA {
+      ask_below(pool, any.stride, image, begin, p, c);
       float* o = total + p * t.channels + c;
       Vec sum = load(o);
       if (kMost) sum += of_most * as_stored<T>(most);

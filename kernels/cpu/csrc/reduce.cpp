@@ -64,6 +64,7 @@ PDARTS_SHARED void pool_sums(const Task& t, const Pools& pools, const T* g, int6
     };
     pool_rows(pool, any.stride, image, begin, end, c, [&](int64_t p, int chain, Vec most, Vec mean)
                                                           PDARTS_LAMBDA {
+      ask_below(pool, any.stride, image, begin, p, c);
       const Vec grad = load(g + p * t.x_stride + c);
       if (kMost) most_sum[chain] += grad * normalised(pools.most, most);
       if (kMean) mean_sum[chain] += grad * normalised(pools.mean, mean);
