@@ -324,6 +324,32 @@ def test_amx_agrees_with_the_products_that_it_replaces(
         assert off <= tolerance, f"{name}: {off:.1e}"
 
 
+DENSE_SIZES = [(2, 5, 16), (1, 1, 13), (3, 9, 31), (2, 6, 32), (2, 7, 47), (2, 17, 12), (1, 2, 16)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(KERNELS != "cpu", reason="of the C++ kernels")
+@pytest.mark.parametrize("size", DENSE_SIZES, ids=lambda size: "x".join(map(str, size)))
+def test_dense_convolutions_are_as_close_as_stencils(
+    size: tuple[int, int, int], amx_library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 16 channels ``amx`` multiplies both halves of a convolution in one; see ``dense.h``.
+
+    Either rounds other factors to bfloat16, so both are compared with float32 arithmetic.
+    """
+    monkeypatch.setenv(library.PATH_VARIABLE, str(amx_library))
+    bench = Bench(16, size, reduction=False)
+    found = {}
+    for variant in ("avx512", "avx512bf16", "amx"):
+        monkeypatch.setenv(library.VARIANT_VARIABLE, variant)
+        found[variant] = _every_product(bench, CompiledPrimitives(library.load()))
+    for name, value in found["avx512"].items():
+        exact = value.double()
+        off = {v: ((found[v][name].double() - exact).norm() / exact.norm()).item() for v in found}
+        assert off["avx512bf16"] < 0.01, name
+        assert off["amx"] <= 1.5 * off["avx512bf16"], f"{name}: {off}"
+
+
 def _every_product(bench: Bench, backend: CompiledPrimitives) -> dict[str, Tensor]:
     """What the primitives with products compute from bfloat16 arrays."""
     channels, found = bench.channels, {}

@@ -108,7 +108,7 @@ PDARTS_SHARED void pack_backward(const Task& t, const BackwardBranch<E>* all, Me
   member.wait();
 }
 
-// Whether image n, from row `row` on, is where a group's weight gradients begin: nothing is there to add to.
+// Whether a group's weight gradients begin with row `row` of image n: nothing is there to add to.
 PDARTS_INLINE bool begins_group(const Task& t, int64_t group, int64_t n, int64_t row) {
   return n == group_range(t, group).begin && row == 0;
 }
@@ -238,7 +238,7 @@ PDARTS_INLINE void pointwise_backward(const Task& t, const Branch& b,
       return product_into_plane(dy, pixels, channels, packed.pointwise, at, grad, asked);
     const Ahead first = (incoming ? incoming : skip)->from(begin * width);
     const BothAhead<Ahead, Ahead> last{first, skip ? skip->from(begin * width) : first};
-    product_into_plane(dy, pixels, channels, packed.pointwise, at, grad, both_ahead(asked, last));
+    product_into_plane(dy, pixels, channels, packed.pointwise, at, grad, BothAhead{asked, last});
   };
   const auto forward = [&](const auto& asked) PDARTS_LAMBDA {
     depthwise_chunk(b, src, packed.depthwise, channels, begin, end, width, asked, a);
@@ -291,8 +291,8 @@ struct DenseGradients {
   }
 };
 
-// dy of a dense convolution of image n into its plane and, unless that is null, turned: tiles of a channel a
-// row, pixels of two rows in turns.
+// dy of a dense convolution of image n into its plane and, unless that is null, turned: tiles with a channel
+// a row, pixels of two rows in turns.
 PDARTS_SHARED void dense_gradient(const Task& t, const Branch& b, int64_t n, const PairedRows& plane,
                                   BFloat* turned) {
   const int64_t width = t.out_width, step = b.dilation * width, first_pixel = n * t.out_height * width;
@@ -319,9 +319,10 @@ PDARTS_SHARED void dense_gradient(const Task& t, const Branch& b, int64_t n, con
         if (one_line) {
           _mm512_storeu_si512(first + column * kLine, line);
         } else {
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(first + column * kLine), _mm512_castsi512_si256(line));
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(second + column * kLine),
-                              _mm512_extracti64x4_epi64(line, 1));
+          auto* to_first = reinterpret_cast<__m256i*>(first + column * kLine);
+          auto* to_second = reinterpret_cast<__m256i*>(second + column * kLine);
+          _mm256_storeu_si256(to_first, _mm512_castsi512_si256(line));
+          _mm256_storeu_si256(to_second, _mm512_extracti64x4_epi64(line, 1));
         }
         pairs[i] = in_turns(line);
       }
@@ -333,7 +334,7 @@ PDARTS_SHARED void dense_gradient(const Task& t, const Branch& b, int64_t n, con
   });
 }
 
-// Weight gradients of a dense convolution from its turned dy and the input's planes. `ahead` is what follows.
+// Weight gradients of a dense convolution from its turned dy and the input's planes. `ahead` follows.
 PDARTS_INLINE void dense_weights(const Task& t, const Branch& b, const BackwardBranch<BFloat>& packed,
                                  int64_t group, int64_t n, const DensePlanes& input,
                                  const DenseGradients& w, const Ahead& ahead) {

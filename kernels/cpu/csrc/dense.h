@@ -33,8 +33,8 @@ constexpr int64_t kLead = 2;  // rows of zeros in front of a class, columns like
 
 #ifdef PDARTS_AMX
 
-constexpr int64_t kLine = 2 * V;              // numbers of a line: two rows of a pixel
-constexpr int64_t kTile = V * kLine;          // numbers of a tile of bfloat16
+constexpr int64_t kLine = 2 * V;      // numbers of a line: two rows of a pixel
+constexpr int64_t kTile = V * kLine;  // numbers of a tile of bfloat16
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kMostTaps = 25;
 
@@ -57,7 +57,8 @@ PDARTS_INLINE int64_t tiled_width(int64_t width) {
 // Whether a task's depthwise convolutions are computed as dense ones: rows fill most of their tiles.
 template <class T>
 PDARTS_INLINE bool is_dense(const Task& t) {
-  if (sizeof(T) != sizeof(BFloat) || t.channels != V || 4 * t.out_width < 3 * tiled_width(t.out_width)) return false;
+  if (sizeof(T) != sizeof(BFloat) || t.channels != V) return false;
+  if (4 * t.out_width < 3 * tiled_width(t.out_width)) return false;
   bool any = false;
   for (int64_t i = 0; i < t.num_branches; ++i) {
     const Branch& b = t.branches[i];
@@ -74,8 +75,13 @@ struct PairedRows {
   int64_t height, width, dilation;
   bool late;  // a line begins with an odd row
 
-  int64_t pairs() const { return ((height + dilation - 1) / dilation + 1) / 2; }
-  int64_t lines() const { return pairs() + kLead; }
+  // Pairs of rows of a class; the first one has most.
+  int64_t pairs(int64_t rest) const {
+    const int64_t rows = (height - rest + dilation - 1) / dilation;
+    return (rows + 1) / 2;
+  }
+
+  int64_t lines() const { return pairs(0) + kLead; }
   int64_t columns() const { return tiled_width(width) + 2 * kLead * dilation; }
   int64_t size() const { return dilation * lines() * columns() * kLine; }
 
@@ -103,6 +109,7 @@ struct RowPair {
   int64_t number;  // of pairs before this one
 };
 
+// f(pair) for all rows of an image.
 template <class F>
 PDARTS_INLINE void each_pair(const PairedRows& plane, F f) {
   int64_t number = 0;
@@ -131,7 +138,7 @@ PDARTS_INLINE __m512i in_turns(__m512i line) {
   return (__m512i)in_turns(_mm512_castsi512_si256(line), _mm512_extracti64x4_epi64(line, 1));
 }
 
-// The same with the channels of both rows in turns, in both planes.
+// Both planes = f(pixel) for every pixel of the image, with the channels of a line's rows in turns.
 template <class F>
 PDARTS_INLINE void fill_in_turns(const PairedRows& early, const PairedRows& late, F f) {
   const int64_t width = early.width, step = early.dilation;
@@ -144,6 +151,7 @@ PDARTS_INLINE void fill_in_turns(const PairedRows& early, const PairedRows& late
   };
   // Lines of rows `row` and `row + step`.
   for (int64_t row = -step; row < early.height; ++row) {
+    if (row < 0 && row + step >= early.height) continue;
     const bool is_late = (row + step) / step % 2 == 0;
     BFloat* to = is_late ? late.row(row + step) - V : early.row(row);
     if (row < 0) fill_line(to, row, Int<0>{}, Int<1>{});
@@ -182,11 +190,11 @@ PDARTS_SHARED void pack_dense(const Branch& b, const float* depthwise, bool tran
         }
 }
 
-// first and second [tiled_width][16] = or += a pair of rows of a convolution. Asks `ahead` for as many pixels,
-// all over the products: no more than some lines can be on their way. Needs `WholeTiles`.
-template <int K, class A>
-PDARTS_INLINE void dense_rows(const PairedRows& plane, const BFloat* weights, const RowPair& pair, float* first,
-                              float* second, bool add, const A& ahead) {
+// first and second [tiled_width][16] = or += a pair of rows of a convolution. Asks `ahead` for as many pixels
+// between the products: no more than some lines can be on their way. Needs `WholeTiles`.
+template <int K>
+PDARTS_SHARED void dense_rows(const PairedRows& plane, const BFloat* weights, const RowPair& pair,
+                              float* first, float* second, bool add, const Aheads& ahead) {
   const int64_t width = tiled_width(plane.width), next_line = plane.columns() * kLine;
   const int64_t step = plane.dilation * kLine;
   constexpr int64_t kLines = (K + 1) / 2, kAsked = (4 * kTileSide / (kLines * K) + 2) / 2 * 2;
@@ -231,9 +239,9 @@ PDARTS_INLINE void dense_rows(const PairedRows& plane, const BFloat* weights, co
   }
 }
 
-template <class A>
 PDARTS_INLINE void dense_rows(const Branch& b, const PairedRows& plane, const BFloat* weights,
-                              const RowPair& pair, float* first, float* second, bool add, const A& ahead) {
+                              const RowPair& pair, float* first, float* second, bool add,
+                              const Aheads& ahead) {
   b.kernel == 3 ? dense_rows<3>(plane, weights, pair, first, second, add, ahead)
                 : dense_rows<5>(plane, weights, pair, first, second, add, ahead);
 }
@@ -244,10 +252,12 @@ constexpr int64_t kStrip = 8;
 // sums [taps][16][16] = M of an image: `turned` has dy of all pairs of rows, `planes` v in turns, early and
 // late. Asks `ahead` for as many pixels.
 template <int K>
-PDARTS_INLINE void dense_weights(const BFloat* turned, const PairedRows* planes, const Ahead& ahead, float* sums) {
-  const int64_t pairs = planes->pairs(), dilation = planes->dilation;
+PDARTS_SHARED void dense_weights(const BFloat* turned, const PairedRows* planes, const Ahead& ahead,
+                                 float* sums) {
+  const int64_t dilation = planes->dilation;
   const int64_t width = tiled_width(planes->width), tiles = width / kTileSide;
   constexpr int64_t kAsked = (2 * kTileSide / K + 2) / 2 * 2;
+  int64_t before = 0;  // pairs of earlier classes
   const auto each_column = [&](auto f) PDARTS_LAMBDA {
     f(std::integral_constant<int, 0>());
     f(std::integral_constant<int, 1>());
@@ -255,7 +265,8 @@ PDARTS_INLINE void dense_weights(const BFloat* turned, const PairedRows* planes,
     if constexpr (K == 5) f(std::integral_constant<int, 3>());
     if constexpr (K == 5) f(std::integral_constant<int, 4>());
   };
-  for (int64_t rest = 0; rest < dilation; ++rest)
+  for (int64_t rest = 0; rest < dilation; ++rest) {
+    const int64_t pairs = planes->pairs(rest);
     for (int64_t begin = 0; begin < pairs; begin += kStrip)
       // Rows of the kernel that read one plane, then those that read the other.
       for (int64_t i = 0; i < K; ++i) {
@@ -269,7 +280,7 @@ PDARTS_INLINE void dense_weights(const BFloat* turned, const PairedRows* planes,
         const PairedRows& plane = planes[place % 2];
         for (int64_t pair = begin; pair < min_of(begin + kStrip, pairs); ++pair)
           for (int64_t tile = 0; tile < tiles; ++tile) {
-            load_tile<kTurned>(turned + ((rest * pairs + pair) * tiles + tile) * kTile, kLineBytes);
+            load_tile<kTurned>(turned + (pair * tiles + tile) * kTile, kLineBytes);
             const BFloat* lines = plane.line(rest, pair + place / 2,
                                              tile * kTileSide + (kLead - K / 2) * dilation);
             each_column([&](auto k) PDARTS_LAMBDA {
@@ -277,10 +288,13 @@ PDARTS_INLINE void dense_weights(const BFloat* turned, const PairedRows* planes,
               load_tile<kRight>(lines + k.value * dilation * kLine, kLineBytes);
               multiply_tiles<k.value, kTurned, kRight>();
             });
-            ahead.ask_all(((rest * pairs + pair) * tiles + tile) * 2 * kTileSide + i * kAsked, kAsked);
+            ahead.ask_all(((before + pair) * tiles + tile) * 2 * kTileSide + i * kAsked, kAsked);
           }
         each_column([&](auto k) PDARTS_LAMBDA { store_tile<k.value>(sum + k.value * V * V, kLineBytes); });
       }
+    before += pairs;
+    turned += pairs * tiles * kTile;
+  }
 }
 
 // A thread's planes of an image, for the convolutions of a task.
@@ -303,8 +317,10 @@ struct DensePlanes {
   // Room for what `make` takes.
   static int64_t bytes(const Task& t) {
     int64_t bytes = 0;
-    for (int64_t dilation = 1; dilation <= 2; ++dilation)
-      bytes += 2 * Scratch::bytes_for<BFloat>(PairedRows{nullptr, t.out_height, t.out_width, dilation, false}.size());
+    for (int64_t dilation = 1; dilation <= 2; ++dilation) {
+      const PairedRows plane{nullptr, t.out_height, t.out_width, dilation, false};
+      bytes += 2 * Scratch::bytes_for<BFloat>(plane.size());
+    }
     return bytes;
   }
 
@@ -314,13 +330,15 @@ struct DensePlanes {
     for (int64_t i = 0; i < t.num_branches; ++i) {
       const Branch& b = t.branches[i];
       if (b.kind != kConv) continue;
-      for (int late = 0; late < 2; ++late) read[b.dilation - 1][late] |= both || (late == 1) == (b.kernel == 3);
+      bool* late = read[b.dilation - 1];
+      late[0] |= both || b.kernel == 5;
+      late[1] |= both || b.kernel == 3;
     }
     DensePlanes planes{};
-    for (int64_t dilation = 1; dilation <= 2; ++dilation)
+    for (int i = 0; i < 2; ++i)
       for (int late = 0; late < 2; ++late)
-        if (read[dilation - 1][late])
-          planes.all[dilation - 1][late] = PairedRows::make(scratch, t.out_height, t.out_width, dilation, late == 1);
+        if (read[i][late])
+          planes.all[i][late] = PairedRows::make(scratch, t.out_height, t.out_width, i + 1, late == 1);
     return planes;
   }
 };
@@ -328,8 +346,8 @@ struct DensePlanes {
 // Numbers of two rows of outputs in whole tiles.
 PDARTS_INLINE int64_t pair_numbers(const Task& t) { return 2 * tiled_width(t.out_width) * V; }
 
-// Adds what follows from M to the weight gradients, packed [taps][16] and [16][16], or begins them. `depthwise`
-// is packed.
+// Adds what follows from M to the weight gradients, packed [taps][16] and [16][16], or begins them.
+// `depthwise` is packed.
 PDARTS_SHARED void add_weight_gradients(const Branch& b, const float* depthwise, const float* m,
                                         float* grad_depthwise, float* grad_pointwise, bool begins) {
   Vec of_pointwise[V] = {};

@@ -82,8 +82,8 @@ PDARTS_INLINE void depthwise_columns(const Plane& src, int64_t padding, const fl
   }
 }
 
-// Rows [begin, end) of the convolution: put(row, column, channel block, value) once an output. Asks `ahead` for
-// as many pixels.
+// Rows [begin, end) of the convolution: put(row, column, channel block, value) once an output. Asks `ahead`
+// for as many pixels.
 template <int K, int D, int S, class A, class Put>
 PDARTS_INLINE void depthwise_rows(const Plane& src, int64_t padding, const float* w,
                                   int64_t blocks, int64_t begin, int64_t end, int64_t width,
@@ -224,8 +224,8 @@ PDARTS_INLINE void weight_taps(const Plane& grad, const Plane& src, int64_t padd
   }
 }
 
-// out [C / V][K * K][V] = or, unless it begins, += sum over pixels of grad * shifted src. Sums run over at most
-// `rows` rows before they join the total: short chains keep float accurate.
+// out [C / V][K * K][V] = or, unless it begins, += sum over pixels of grad * shifted src. Sums run over at
+// most `rows` rows before they join the total: short chains keep float accurate.
 template <int K, int D, int S>
 PDARTS_INLINE void depthwise_weights(const Plane& grad, const Plane& src, int64_t padding,
                                      int64_t blocks, int64_t rows, float* out, bool begins) {

@@ -128,9 +128,8 @@ PDARTS_SHARED void add_transposed(const Branch& b, const BackwardBranch<E>& pack
 
 #ifdef PDARTS_AMX
 // Adds the gradient of a dense convolution's input, from its dy, to w.dx, or begins it.
-template <class A>
 PDARTS_INLINE void add_dense(const Task& t, const Branch& b, const Packed<BFloat>& packed, const Work& w,
-                             bool begins, const A& ahead) {
+                             bool begins, const Aheads& ahead) {
   const PairedRows& plane = w.dense.planes.of(b);
   each_pair(plane, [&](const RowPair& pair) PDARTS_LAMBDA {
     // A last row alone has another one, which nobody reads, behind it.
@@ -164,15 +163,13 @@ void conv_backward(const Task& t, const Branch& b, const Packed<T>& packed, int6
       dense_gradient(t, b, n, w.dense.planes.of(b), packed.grad_pointwise ? w.dense.turned : nullptr);
       WholeTiles whole;
       const GradientAhead gradient = next_ahead<T>(t, next);
-      const Ahead* first = after[0] ? after[0] : after[1];
-      const auto add = [&](const auto& asked) PDARTS_LAMBDA {
-        if (!first) return add_dense(t, b, packed, w, begins, asked);
-        const BothAhead<Ahead, Ahead> last{*first, after[1] ? *after[1] : *first};
-        add_dense(t, b, packed, w, begins, both_ahead(asked, last));
-      };
-      if (!packed.grad_pointwise) return add(gradient);
-      dense_weights(t, b, packed, group, n, w.input, w.dense, gradient.second);
-      add(gradient.first);
+      if (packed.grad_pointwise) dense_weights(t, b, packed, group, n, w.input, w.dense, gradient.second);
+      Aheads asked;
+      asked.add(gradient.first);
+      if (!packed.grad_pointwise) asked.add(gradient.second);
+      for (const Ahead* one : after)
+        if (one) asked.add(*one);
+      add_dense(t, b, packed, w, begins, asked);
       return;
     }
 #endif
@@ -180,7 +177,8 @@ void conv_backward(const Task& t, const Branch& b, const Packed<T>& packed, int6
     pointwise_backward<T>(t, b, packed, group, n, begin, min_of(t.out_height, begin + rows), next,
                           w.x, w.grad, w.places, operands<T>(w.dy), operands<T>(w.a), after[0],
                           after[1]);
-  add_transposed(b, packed, t.channels / V, w.grad, w.dx, begins, ahead_if<kAskInStencils>(next_ahead<T>(t, next).first));
+  add_transposed(b, packed, t.channels / V, w.grad, w.dx, begins,
+                 ahead_if<kAskInStencils>(next_ahead<T>(t, next).first));
   weights_backward(t, b, packed, group, n, w.x, w.grad);
 }
 

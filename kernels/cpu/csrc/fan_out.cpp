@@ -77,7 +77,8 @@ void pack(const Task& t, const Packed<E>* packed, Member& member) {
 int64_t shared_bytes(const Task& t) {
   int64_t bytes = Scratch::bytes_for<Packed<float>>(t.num_branches);
   for (int64_t i = 0; i < t.num_branches; ++i)
-    bytes += Scratch::bytes_for<BFloat>(dense_numbers(t, t.branches[i])) + Scratch::bytes_for<double>(t.groups * 2 * t.channels) +
+    bytes += Scratch::bytes_for<BFloat>(dense_numbers(t, t.branches[i])) +
+             Scratch::bytes_for<double>(t.groups * 2 * t.channels) +
              2 * Scratch::bytes_for<float>(depth_of(t, t.branches[i]) * t.channels) +
              Scratch::bytes_for<float>(t.channels * 25);
   return bytes;
@@ -100,9 +101,7 @@ int64_t max_depth(const Task& t) {
   return depth;
 }
 
-// Output rows [begin, end) of one image of one branch; `room` is for the chunk's matrix or the lines
-// of a pool, `fresh` for its outputs while they are in cache. `ahead` is the image that is read next.
-// What is read after a 1x1 convolution's pixels: its next ones, of which each has several lines for one of y.
+// What is read after a 1x1 convolution's pixels: its next ones, each of several lines for one of y.
 struct PixelsAhead {
   Ahead input;
   int64_t lines;
@@ -121,6 +120,8 @@ template <class T>
 using Fresh = T;
 #endif
 
+// Output rows [begin, end) of one image of one branch; `room` is for the chunk's matrix or the lines
+// of a pool, `fresh` for its outputs while they are in cache. `ahead` is the image that is read next.
 template <class T>
 void branch_rows(const Task& t, const Branch& b, const Packed<Operand<T>>& packed,
                  const Plane& plane, const T* image, const Ahead& ahead, int64_t begin,
@@ -140,12 +141,14 @@ void branch_rows(const Task& t, const Branch& b, const Packed<Operand<T>>& packe
   };
   const Ahead next = ahead.from(begin * width);
   if (b.kind == kConv) {
-    depthwise_chunk(b, plane, packed.depthwise, channels, begin, end, width, ahead_if<kAskInStencils>(next), a);
+    depthwise_chunk(b, plane, packed.depthwise, channels, begin, end, width,
+                    ahead_if<kAskInStencils>(next), a);
     multiply(ahead_if<!kAskInStencils>(next));
   } else {
     gather(t, b, image, begin, end, a);
-    if (b.kind != kPointwise) multiply(next);
-    else multiply(PixelsAhead{Ahead::of(image + end * width * t.x_stride, t.x_stride), max_of(depth / channels, 1)});
+    const Ahead pixels_ahead = Ahead::of(image + end * width * t.x_stride, t.x_stride);
+    if (b.kind == kPointwise) multiply(PixelsAhead{pixels_ahead, max_of(depth / channels, 1)});
+    else multiply(next);
   }
   finish_chunk(moments, fresh, pixels, channels, y);
 }
@@ -158,9 +161,11 @@ void dense_branch(const Task& t, const Branch& b, const Packed<BFloat>& packed, 
   const PairedRows& plane = planes.of(b);
   BFloat* y = b.y ? static_cast<BFloat*>(b.y) + n * t.out_height * width * V : nullptr;
   const auto out = [&](int64_t row) { return y ? y + row * width * V : nullptr; };
+  Aheads asked;
+  asked.add(ahead);
   WholeTiles whole;
   each_pair(plane, [&](const RowPair& pair) {
-    dense_rows(b, plane, packed.dense, pair, sums, sums + tiled, false, ahead);
+    dense_rows(b, plane, packed.dense, pair, sums, sums + tiled, false, asked);
     if (b.dilation == 1 && tiled == width * V)
       return finish_chunk(moments, sums, pair.count * width, V, out(pair.row));
     for (int64_t i = 0; i < pair.count; ++i)
@@ -257,8 +262,10 @@ PDARTS_INLINE void fill_input(const Task& t, const Work<T>& w, const Branch* b, 
 #ifdef PDARTS_AMX
   if (is_dense<T>(t)) {
     const auto pixel = [&](int64_t p) PDARTS_LAMBDA { return f(p, 0); };
-    const PairedRows* only = b ? &w.dense.of(*b) : nullptr;
-    if (b) return fill_rows(t.out_height, t.out_width, only->late ? nullptr : only, only->late ? only : nullptr, pixel);
+    if (b) {
+      const PairedRows* one = &w.dense.of(*b);
+      return fill_rows(t.out_height, t.out_width, one->late ? nullptr : one, one->late ? one : nullptr, pixel);
+    }
     return w.dense.each([&](const PairedRows* early, const PairedRows* late) {
       fill_rows(t.out_height, t.out_width, early, late, pixel);
     });

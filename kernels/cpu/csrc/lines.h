@@ -1,5 +1,5 @@
-// Results on their way from float32 to storage. A vector of bfloat16 is half a line of the cache: two are rounded
-// at a time, in one conversion instead of two, and whole lines can be written past the caches.
+// Results on their way from float32 to storage. A vector of bfloat16 is half a line of the cache: two are
+// rounded at a time, in one conversion instead of two, and whole lines can be written past the caches.
 #pragma once
 
 #include "scratch.h"
@@ -28,8 +28,8 @@ struct Lines {
   int64_t channel_of(int64_t vector) const { return pixels ? channel : channel + vector * V; }
 };
 
-// f(lines, Int<vectors>) for all vectors of a chunk: two pixels of one vector, four or two vectors of a pixel, or
-// one that is left.
+// f(lines, Int<vectors>) for all vectors of a chunk: two pixels of one vector, four or two vectors of a pixel,
+// or one that is left.
 template <class F>
 PDARTS_INLINE void each_line(int64_t pixels, int64_t channels, F f) {
   if (channels == V) {
@@ -70,10 +70,11 @@ PDARTS_INLINE void round_lines(Vec (&v)[N], BFloat* to, bool past) {
 // Sums of lines alternate between chains: one waits for its last addition.
 constexpr int kLineChains = 2;
 
-// out[p * stride + c] = value(p, c) for channels [c, c + V) of every pixel, past the caches if that is wanted
-// and possible.
+// out[p * stride + c] = value(p, c) for channels [c, c + V) of every pixel, past the caches if that is
+// wanted and possible.
 template <class F>
-PDARTS_INLINE void write_rows(int64_t pixels, int64_t channels, BFloat* out, int64_t stride, bool past, F value) {
+PDARTS_INLINE void write_rows(int64_t pixels, int64_t channels, BFloat* out, int64_t stride, bool past,
+                              F value) {
   past &= stride == channels && can_stream_lines(out, channels);
   const auto write = [&](const Lines& lines, auto vectors) PDARTS_LAMBDA {
     constexpr int N = vectors.value;
@@ -91,7 +92,8 @@ PDARTS_INLINE void write_rows(int64_t pixels, int64_t channels, BFloat* out, int
 #endif
 
 template <class T, class F>
-PDARTS_INLINE void write_rows(int64_t pixels, int64_t channels, T* out, int64_t stride, bool past, F value) {
+PDARTS_INLINE void write_rows(int64_t pixels, int64_t channels, T* out, int64_t stride, bool past,
+                              F value) {
   past &= can_stream(out);
   for (int64_t p = 0; p < pixels; ++p)
     for (int64_t c = 0; c < channels; c += V) {

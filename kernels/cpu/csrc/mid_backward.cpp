@@ -115,7 +115,8 @@ Work make_work(const Task& t, Scratch& local) {
   const int64_t pixels = t.out_height * t.out_width, chunk = operand_floats(chunk_pixels(t), t.channels);
 #ifdef PDARTS_AMX
   if (is_dense<T>(t)) {
-    local.reset(DensePlanes::bytes(t) + DenseGradients::bytes(t) + Scratch::bytes_for<float>(pair_numbers(t)));
+    local.reset(DensePlanes::bytes(t) + DenseGradients::bytes(t) +
+                Scratch::bytes_for<float>(pair_numbers(t)));
     w.input = DensePlanes::make(t, local, true);
     w.dense = DenseGradients::make(t, local);
     w.sums = local.take<float>(pair_numbers(t));
@@ -157,20 +158,23 @@ void image_backward(const Task& t, const Branch& b, const Packed<T>& packed, int
       dense_gradient(t, b, n, plane, packed.grad_pointwise ? w.dense.turned : nullptr);
       const GradientAhead gradient = next_ahead<T>(t, next);
       WholeTiles whole;
-      const auto of_input = [&](const auto& asked) PDARTS_LAMBDA {
-        each_pair(plane, [&](const RowPair& pair) PDARTS_LAMBDA {
-          const int64_t tiled = tiled_width(width) * V;
-          dense_rows(b, plane, packed.dense, pair, w.sums, w.sums + tiled, false, both_ahead(asked, ahead));
-          for (int64_t i = 0; i < pair.count; ++i) {
-            const int64_t row = pair.row + i * b.dilation;
-            input_gradient<T>(t, b, n, row, row + 1, forward, w.sums + i * tiled, w.dy, total);
-          }
-        });
-      };
-      if (!packed.grad_pointwise) return of_input(gradient);
-      fill_in_turns(planes[0], planes[1], [&](int64_t p) PDARTS_LAMBDA { return forward(p, 0); });
-      dense_weights(t, b, packed, group, n, w.input, w.dense, gradient.second);
-      of_input(gradient.first);
+      Aheads asked;
+      asked.add(ahead);
+      asked.add(gradient.first);
+      if (packed.grad_pointwise) {
+        fill_in_turns(planes[0], planes[1], [&](int64_t p) PDARTS_LAMBDA { return forward(p, 0); });
+        dense_weights(t, b, packed, group, n, w.input, w.dense, gradient.second);
+      } else {
+        asked.add(gradient.second);
+      }
+      each_pair(plane, [&](const RowPair& pair) PDARTS_LAMBDA {
+        const int64_t tiled = tiled_width(width) * V;
+        dense_rows(b, plane, packed.dense, pair, w.sums, w.sums + tiled, false, asked);
+        for (int64_t i = 0; i < pair.count; ++i) {
+          const int64_t row = pair.row + i * b.dilation;
+          input_gradient<T>(t, b, n, row, row + 1, forward, w.sums + i * tiled, w.dy, total);
+        }
+      });
       return;
     }
 #endif
@@ -178,7 +182,7 @@ void image_backward(const Task& t, const Branch& b, const Packed<T>& packed, int
   for (int64_t begin = 0; begin < t.out_height; begin += rows)
     pointwise_backward<T>(t, b, packed, group, n, begin, min_of(t.out_height, begin + rows), next, w.v,
                           w.grad, w.places, operands<T>(w.dy), operands<T>(w.a));
-  const auto asked = both_ahead(ahead, ahead_if<kAskInStencils>(next_ahead<T>(t, next).first));
+  const BothAhead asked{ahead, ahead_if<kAskInStencils>(next_ahead<T>(t, next).first)};
   for (int64_t begin = 0; begin < t.out_height; begin += rows) {
     const int64_t end = min_of(t.out_height, begin + rows);
     // The stride of a second half is 1, so its transposed convolution is one with turned kernels.

@@ -95,10 +95,11 @@ PDARTS_INLINE void pool_rows(const Task& t, int64_t stride, const T* image, int6
               : pool_rows_of<2>(t, image, begin, end, c, put);
 }
 
-// Asks for what a window some rows below pixel p, from row `begin` on, reads first: rows of a state are often a
-// page, across which processors do not look ahead by themselves.
+// Asks for what a window some rows below pixel p, from row `begin` on, reads first: rows of a state are often
+// a page, across which processors do not look ahead by themselves.
 template <class T>
-PDARTS_INLINE void ask_below(const Task& t, int64_t stride, const T* image, int64_t begin, int64_t p, int64_t c) {
+PDARTS_INLINE void ask_below(const Task& t, int64_t stride, const T* image, int64_t begin, int64_t p,
+                             int64_t c) {
   constexpr int64_t kRows = 3;
   if (stride == 1) ask_for(image + ((begin + kRows) * t.in_width + p) * t.x_stride + c);
 }

@@ -215,8 +215,8 @@ PDARTS_INLINE void product(const E* a, int64_t a_stride, int64_t pixels, int64_t
 
 // out [operand_pixels, columns] = a times B. Asks `ahead` for as many pixels.
 template <class E, class Out, class A>
-PDARTS_INLINE void product_rows(const E* a, int64_t a_stride, int64_t pixels, int64_t depth, const E* packed,
-                                int64_t columns, Out* out, const A& ahead) {
+PDARTS_INLINE void product_rows(const E* a, int64_t a_stride, int64_t pixels, int64_t depth,
+                                const E* packed, int64_t columns, Out* out, const A& ahead) {
   product(a, a_stride, pixels, depth, packed, columns, [&](int64_t p, int64_t block, Vec v) {
     ahead.ask(p, block);
     store(out + p * columns + block * V, v);

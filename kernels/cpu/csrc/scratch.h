@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <new>
 
-#include "simd.h"
+#include "ahead.h"
 
 namespace pdarts {
 namespace PDARTS_VARIANT {

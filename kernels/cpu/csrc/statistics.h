@@ -27,7 +27,8 @@ PDARTS_INLINE void merge(Moments& into, double count, const double* mean, const 
 }
 
 // Adds those of `count` pixels to channels [c, c + V), which have those of `before` pixels.
-PDARTS_INLINE void add_moments(Moments& into, double before, double count, int64_t c, Vec mean, Vec squares) {
+PDARTS_INLINE void add_moments(Moments& into, double before, double count, int64_t c, Vec mean,
+                               Vec squares) {
   double mean_d[V], squares_d[V];
   for (int i = 0; i < V; ++i) {
     mean_d[i] = static_cast<double>(mean[i]);
@@ -138,7 +139,8 @@ PDARTS_INLINE void add_sums(double* total, const float* chunk, int64_t count) {
 }
 
 // total[i] = sum over groups of part[group * stride + i] for i < count, in the order of the groups.
-PDARTS_INLINE void sum_groups(const double* part, int64_t groups, int64_t stride, int64_t count, double* total) {
+PDARTS_INLINE void sum_groups(const double* part, int64_t groups, int64_t stride, int64_t count,
+                              double* total) {
   for (int64_t i = 0; i < count; ++i) total[i] = 0.0;
   for (int64_t g = 0; g < groups; ++g)
     for (int64_t i = 0; i < count; ++i) total[i] += part[g * stride + i];
