@@ -178,7 +178,6 @@ PDARTS_INLINE void add_scaled_gradient(const Task& t, const Branch& b, int64_t f
 // What output_gradient reads next: a gradient and y.
 using GradientAhead = BothAhead<Ahead, Ahead>;
 
-
 template <class T>
 PDARTS_INLINE GradientAhead gradient_ahead(const Task& t, const Branch& b, int64_t pixel) {
   return {Ahead::of(static_cast<const T*>(b.grad) + pixel * b.grad_stride, b.grad_stride),

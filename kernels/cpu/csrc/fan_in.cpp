@@ -3,9 +3,7 @@
 //   out = incoming + (x > 0) * sum of depthwise^T(dy W) + pools + 1x1 convolutions + skips
 // and the weight gradients of first halves, dilated and 1x1 convolutions (recomputing their
 // depthwise output from x), and of patches. A skip gives scale * dropout(grad).
-#include "backward.h"
-#include "dropout.h"
-#include "pooling.h"
+#include "fan_in_work.h"
 #include "primitives.h"
 
 namespace pdarts {
@@ -14,100 +12,6 @@ namespace PDARTS_VARIANT {
 namespace {
 
 thread_local Scratch shared_scratch, local_scratch;
-
-// What a thread works on: one image.
-struct Work {
-  Plane x;        // relu(x)
-  Plane dx;       // of the depthwise convolutions, before the mask of the ReLU
-  Plane grad;     // of one depthwise output
-  float* raw;     // [in pixels, Cx]: gradient of x itself
-  float* pooled;  // [out pixels, C]: gradient of one kind of pool
-  float* fresh;   // [out pixels, C] storage: a pool computed anew
-  float* dy;      // a chunk
-  float* a;       // a chunk
-  float* factors;
-  int32_t* places;  // of every output pixel in a channel block of grad
-#ifdef PDARTS_AMX
-  DensePlanes input;  // relu(x), two rows in turns
-  DenseGradients dense;
-#endif
-};
-
-struct Sizes {
-  int64_t x, dx, grad, raw, pooled, fresh, dy, a, factors;
-  int64_t padding;
-  bool conv;
-  bool dense;    // all convolutions are, see dense.h
-  bool strided;  // a convolution of stride 2: it does not reach every pixel
-  bool lone;  // one convolution that is a single product, and nothing else
-};
-
-template <class T>
-Sizes sizes_of(const Task& t) {
-  Sizes s{};
-  s.dense = is_dense<T>(t);
-  s.padding = widest_padding(t);
-  int64_t depth = t.channels;
-  bool others = false;
-  for (int64_t i = 0; i < t.num_branches; ++i) {
-    const Branch& b = t.branches[i];
-    s.conv |= b.kind == kConv;
-    s.strided |= b.kind == kConv && b.stride != 1;
-    others |= b.kind != kConv;
-    if (is_recomputed(b)) s.fresh = t.out_height * t.out_width * t.channels;
-    if (has_weights(b) && product_depth(t, b) > depth) depth = product_depth(t, b);
-  }
-  const int64_t blocks = t.channels / V, out_pixels = t.out_height * t.out_width;
-  // A dense convolution writes pairs of rows, in whole tiles.
-  if (s.dense) s.dx = Plane::floats(t.in_height + kLead, tiled_width(t.in_width), 0, blocks);
-  else if (s.conv) s.dx = Plane::floats(t.in_height, t.in_width, s.padding, blocks);
-  if (s.conv && !s.dense) s.x = s.dx;
-  if (s.conv && !s.dense) s.grad = Plane::floats(t.out_height, t.out_width, s.padding, blocks);
-  s.lone = t.num_branches == 1 &&
-           (t.branches[0].kind == kPointwise || t.branches[0].kind == kPatches);
-  others &= !s.lone;
-  s.raw = others ? t.in_height * t.in_width * t.in_channels : 0;
-  s.pooled = others ? out_pixels * t.channels : 0;
-  s.dy = operand_floats(chunk_pixels(t), t.channels);
-  s.a = max_of(operand_floats(chunk_pixels(t), depth), pool_line_floats(t));
-  s.factors = dropout_floats(s.pooled) + t.channels + V;
-  return s;
-}
-
-template <class T>
-Work make_work(const Task& t, const Sizes& s, Scratch& local) {
-  const int64_t all[] = {s.x,      s.dx,    s.grad, s.raw,    s.pooled,
-                         s.fresh,  s.dy,    s.a,    s.factors};
-  int64_t bytes = 0;
-  for (const int64_t count : all) bytes += Scratch::bytes_for<float>(count);
-  bytes += Scratch::bytes_for<int32_t>(t.out_height * t.out_width);
-#ifdef PDARTS_AMX
-  if (s.dense) bytes += DensePlanes::bytes(t) + DenseGradients::bytes(t);
-#endif
-  local.reset(bytes);
-  Work w{};
-  const int64_t blocks = t.channels / V;
-  if (s.x) w.x = Plane::make(local, t.in_height, t.in_width, s.padding, blocks);
-  if (s.dense) w.dx = Plane::make(local, t.in_height + kLead, tiled_width(t.in_width), 0, blocks);
-  else if (s.dx) w.dx = Plane::make(local, t.in_height, t.in_width, s.padding, blocks);
-  if (s.grad) w.grad = Plane::make(local, t.out_height, t.out_width, s.padding, blocks);
-  w.places = local.take<int32_t>(t.out_height * t.out_width);
-  if (s.grad) pixel_places(w.grad, w.places);
-#ifdef PDARTS_AMX
-  if (s.dense) {
-    w.input = DensePlanes::make(t, local, true);
-    w.dense = DenseGradients::make(t, local);
-  }
-#endif
-  w.raw = local.take<float>(s.raw);
-  w.pooled = local.take<float>(s.pooled);
-  w.fresh = local.take<float>(s.fresh);
-  w.dy = local.take<float>(s.dy);
-  w.a = local.take<float>(s.a);
-  w.factors = local.take<float>(s.factors);
-  std::memset(w.factors, 0, static_cast<size_t>(s.factors) * sizeof(float));
-  return w;
-}
 
 // dx = the transposed depthwise convolution of grad, added to what is there unless it is the `first`.
 template <class E, class A>
@@ -141,7 +45,7 @@ PDARTS_INLINE void add_dense(const Task& t, const Branch& b, const Packed<BFloat
 
 // Adds a depthwise-pointwise convolution to w.dx, or begins it.
 template <class T>
-void conv_backward(const Task& t, const Branch& b, const Packed<T>& packed, int64_t group,
+void conv_backward(const Task& t, const Sizes& s, const Branch& b, const Packed<T>& packed, int64_t group,
                    int64_t n, const Next& next, const Work& w, bool begins) {
   const int64_t rows = rows_per_chunk(t), pixels = t.out_height * t.out_width;
   const Ahead* after[2] = {};
@@ -159,7 +63,7 @@ void conv_backward(const Task& t, const Branch& b, const Packed<T>& packed, int6
   }
 #ifdef PDARTS_AMX
   if constexpr (std::is_same<T, BFloat>::value)
-    if (is_dense<T>(t)) {
+    if (s.dense) {
       dense_gradient(t, b, n, w.dense.planes.of(b), packed.grad_pointwise ? w.dense.turned : nullptr);
       WholeTiles whole;
       const GradientAhead gradient = next_ahead<T>(t, next);
@@ -373,9 +277,7 @@ void image_backward(const Task& t, const Sizes& s, const Packed<T>* packed, int6
     return relu(load(image + p * t.x_stride + block * V));
   };
 #ifdef PDARTS_AMX
-  bool weights = false;
-  for (int64_t i = 0; i < t.num_branches; ++i) weights |= t.branches[i].grad_depthwise != nullptr;
-  if (s.dense && weights)
+  if (s.dense && s.weights)
     w.input.each([&](const PairedRows* early, const PairedRows* late) {
       fill_in_turns(*early, *late, [&](int64_t p) PDARTS_LAMBDA { return input(p, 0); });
     });
@@ -389,7 +291,7 @@ void image_backward(const Task& t, const Sizes& s, const Packed<T>* packed, int6
   for (int64_t i = 0; i < t.num_branches; ++i) {
     const Branch& b = t.branches[i];
     if (b.kind == kConv) {
-      conv_backward<T>(t, b, packed[i], group, n, next_convolution(t, group, i, n), w, begins);
+      conv_backward<T>(t, s, b, packed[i], group, n, next_convolution(t, group, i, n), w, begins);
       begins = false;
     }
     if (b.kind == kSkip) skip_backward<T>(t, b, n, w);

@@ -223,6 +223,7 @@ struct Work {
   Plane plane;
   float* room;
   Fresh<T>* fresh;
+  bool is_dense;  // its convolutions are, see dense.h
 #ifdef PDARTS_AMX
   DensePlanes dense;
   float* sums;
@@ -231,8 +232,9 @@ struct Work {
 
 template <class T>
 Work<T> make_work(const Task& t, int64_t height, int64_t width, Scratch& local) {
+  const bool dense = is_dense<T>(t);
   bool plane = false;
-  for (int64_t i = 0; i < t.num_branches; ++i) plane |= t.branches[i].kind == kConv && !is_dense<T>(t);
+  for (int64_t i = 0; i < t.num_branches; ++i) plane |= t.branches[i].kind == kConv && !dense;
   const int64_t blocks = t.channels / V, padding = max_padding(t);
   const int64_t plane_floats = plane ? Plane::floats(height, width, padding, blocks) : 0;
   const int64_t room_floats = operand_floats(chunk_pixels(t), max_depth(t));
@@ -240,15 +242,16 @@ Work<T> make_work(const Task& t, int64_t height, int64_t width, Scratch& local) 
   int64_t bytes = Scratch::bytes_for<float>(plane_floats) + Scratch::bytes_for<float>(room_floats) +
                   Scratch::bytes_for<Fresh<T>>(fresh_numbers);
 #ifdef PDARTS_AMX
-  if (is_dense<T>(t)) bytes += DensePlanes::bytes(t) + Scratch::bytes_for<float>(pair_numbers(t));
+  if (dense) bytes += DensePlanes::bytes(t) + Scratch::bytes_for<float>(pair_numbers(t));
 #endif
   local.reset(bytes);
   Work<T> work{};
+  work.is_dense = dense;
   if (plane) work.plane = Plane::make(local, height, width, padding, blocks);
   work.room = local.take<float>(room_floats);
   work.fresh = local.take<Fresh<T>>(fresh_numbers);
 #ifdef PDARTS_AMX
-  if (is_dense<T>(t)) {
+  if (dense) {
     work.dense = DensePlanes::make(t, local, false);
     work.sums = local.take<float>(pair_numbers(t));
   }
@@ -260,7 +263,7 @@ Work<T> make_work(const Task& t, int64_t height, int64_t width, Scratch& local) 
 template <class T, class F>
 PDARTS_INLINE void fill_input(const Task& t, const Work<T>& w, const Branch* b, F f) {
 #ifdef PDARTS_AMX
-  if (is_dense<T>(t)) {
+  if (w.is_dense) {
     const auto pixel = [&](int64_t p) PDARTS_LAMBDA { return f(p, 0); };
     if (b) {
       const PairedRows* one = &w.dense.of(*b);
@@ -310,7 +313,7 @@ void run(const Task& t, bool second) {
           const Ahead ahead = next_input<T>(t, i, n, image_after(t, g, n), second);
 #ifdef PDARTS_AMX
           if constexpr (std::is_same<T, BFloat>::value)
-            if (b.kind == kConv && is_dense<T>(t)) {
+            if (b.kind == kConv && work.is_dense) {
               dense_branch(t, b, packed[i], work.dense, ahead, n, work.sums, moments);
               continue;
             }

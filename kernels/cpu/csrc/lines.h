@@ -67,7 +67,7 @@ PDARTS_INLINE void round_lines(Vec (&v)[N], BFloat* to, bool past) {
   }
 }
 
-// Sums of lines alternate between chains: one waits for its last addition.
+// Chains of sums over lines, see `in_chains`.
 constexpr int kLineChains = 2;
 
 // out[p * stride + c] = value(p, c) for channels [c, c + V) of every pixel, past the caches if that is

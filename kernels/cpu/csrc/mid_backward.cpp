@@ -44,12 +44,7 @@ PDARTS_INLINE void input_gradient(const Task& t, const Branch& b, int64_t n, int
         product[chain][j] += dv[j] * forward[j];
       }
     };
-    int64_t i = 0;
-    for (; i + kLineChains <= lines.count; i += kLineChains) {
-      PDARTS_UNROLL
-      for (int chain = 0; chain < kLineChains; ++chain) add(i + chain, chain);
-    }
-    for (; i < lines.count; ++i) add(i, 0);
+    in_chains<kLineChains>(lines.count, add);
     PDARTS_UNROLL
     for (int j = 0; j < N; ++j) {
       float chunk[2][V];
@@ -70,10 +65,9 @@ PDARTS_INLINE void input_gradient(const Task& t, const Branch& b, int64_t n, int
   T* fresh = reinterpret_cast<T*>(room);
   const bool past = kWholeLines<T> && can_stream(out);
   for (int64_t block = 0; block < blocks; ++block) {
-    // Pixels alternate between chains of sums: a chain waits for its last addition.
     constexpr int kChains = 4;
     Vec sum[kChains] = {}, product[kChains] = {};
-    const auto add = [&](int64_t p, int chain) {
+    const auto add = [&](int64_t p, int chain) PDARTS_LAMBDA {
       const int64_t at = p * channels + block * V;
       const Vec forward = v(first + p, block);
       const Vec dv = as_stored<T>(masked(load(a + at), forward));
@@ -81,12 +75,7 @@ PDARTS_INLINE void input_gradient(const Task& t, const Branch& b, int64_t n, int
       sum[chain] += dv;
       product[chain] += dv * forward;
     };
-    int64_t p = 0;
-    for (; p + kChains <= pixels; p += kChains) {
-      PDARTS_UNROLL
-      for (int i = 0; i < kChains; ++i) add(p + i, i);
-    }
-    for (; p < pixels; ++p) add(p, 0);
+    in_chains<kChains>(pixels, add);
     float chunk[2][V];
     store(chunk[0], (sum[0] + sum[1]) + (sum[2] + sum[3]));
     store(chunk[1], (product[0] + product[1]) + (product[2] + product[3]));
@@ -102,6 +91,7 @@ struct Work {
   Plane v, grad;
   int32_t* places;  // of every pixel in a channel block of both
   float *dy, *a;    // a chunk each
+  bool is_dense;  // see dense.h
 #ifdef PDARTS_AMX
   DensePlanes input;
   DenseGradients dense;
@@ -113,8 +103,9 @@ template <class T>
 Work make_work(const Task& t, Scratch& local) {
   Work w{};
   const int64_t pixels = t.out_height * t.out_width, chunk = operand_floats(chunk_pixels(t), t.channels);
+  w.is_dense = is_dense<T>(t);
 #ifdef PDARTS_AMX
-  if (is_dense<T>(t)) {
+  if (w.is_dense) {
     local.reset(DensePlanes::bytes(t) + DenseGradients::bytes(t) +
                 Scratch::bytes_for<float>(pair_numbers(t)));
     w.input = DensePlanes::make(t, local, true);
@@ -152,7 +143,7 @@ void image_backward(const Task& t, const Branch& b, const Packed<T>& packed, int
                                 following.input_stride);
 #ifdef PDARTS_AMX
   if constexpr (std::is_same<T, BFloat>::value)
-    if (is_dense<T>(t)) {
+    if (w.is_dense) {
       const PairedRows* planes = w.input.all[b.dilation - 1];
       const PairedRows& plane = w.dense.planes.of(b);
       dense_gradient(t, b, n, plane, packed.grad_pointwise ? w.dense.turned : nullptr);

@@ -99,12 +99,7 @@ PDARTS_SHARED void plain_sums(const Task& t, const Branch* const* branches, cons
         sum[i][chain] += grad * (y * scale[i] + shift[i]);
       }
     };
-    int64_t p = 0;
-    for (; p + kChains <= pixels; p += kChains) {
-      PDARTS_UNROLL
-      for (int chain = 0; chain < kChains; ++chain) add(p + chain, chain);
-    }
-    for (; p < pixels; ++p) add(p, 0);
+    in_chains<kChains>(pixels, add);
     for (int i = 0; i < N; ++i) add_chains(sum[i], place_of(t, branches[i], total) + c);
   }
 }

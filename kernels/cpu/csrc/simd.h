@@ -143,6 +143,17 @@ PDARTS_INLINE bool can_stream(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % (V * sizeof(float)) == 0;
 }
 
+// f(i, chain) for i < count: sums alternate between chains, as one waits for its last addition.
+template <int kChains, class F>
+PDARTS_INLINE void in_chains(int64_t count, F f) {
+  int64_t i = 0;
+  for (; i + kChains <= count; i += kChains) {
+    PDARTS_UNROLL
+    for (int chain = 0; chain < kChains; ++chain) f(i + chain, chain);
+  }
+  for (; i < count; ++i) f(i, 0);
+}
+
 PDARTS_INLINE void end_streams() {
 #if defined(__AVX__)
   _mm_sfence();

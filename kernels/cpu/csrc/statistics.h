@@ -104,12 +104,7 @@ PDARTS_SHARED void finish_chunk(Moments& into, const float* chunk, int64_t pixel
         square[chain][j] += off * off;
       }
     };
-    int64_t i = 0;
-    for (; i + kLineChains <= lines.count; i += kLineChains) {
-      PDARTS_UNROLL
-      for (int chain = 0; chain < kLineChains; ++chain) add(i + chain, chain);
-    }
-    for (; i < lines.count; ++i) add(i, 0);
+    in_chains<kLineChains>(lines.count, add);
     PDARTS_UNROLL
     for (int j = 0; j < N; ++j) {
       sum[0][j] += sum[1][j];

@@ -101,11 +101,13 @@ PDARTS_INLINE void add_products(int64_t count, const BFloat* left, int64_t left_
   });
 }
 
-// As in product.h. Tiles may read rows of `a` behind the last pixel, see `operand_pixels`.
-template <class Put>
-PDARTS_INLINE void product(const BFloat* a, int64_t a_stride, int64_t pixels, int64_t depth,
-                           const BFloat* packed, int64_t columns, Put put) {
-  alignas(64) float sums[kSums * kTileSide][kTileSide];
+// The tiles of a times B, up to kSums of them one below the other at a time: they are stored from
+// place(first pixel, first column) on, rows `place_bytes` apart, then done(first pixel, rows, first column).
+// Tiles may read rows of `a` behind the last pixel, see `operand_pixels`.
+template <class Place, class Done>
+PDARTS_INLINE void product_tiles(const BFloat* a, int64_t a_stride, int64_t pixels, int64_t depth,
+                                 const BFloat* packed, int64_t columns, int64_t place_bytes, Place place,
+                                 Done done) {
   for (int64_t n = 0; n < columns; n += V) {
     const int64_t panel = n / (2 * V) * (2 * V), width = min_of(2 * V, columns - panel);
     const BFloat* right = packed + panel * depth + (n - panel) * 2;
@@ -114,12 +116,27 @@ PDARTS_INLINE void product(const BFloat* a, int64_t a_stride, int64_t pixels, in
       const int64_t count = (rows + kTileSide - 1) / kTileSide;
       each_sum(count, [&](auto i) PDARTS_LAMBDA { clear_tile<i.value>(); });
       add_products(count, a + pixel * a_stride, a_stride, right, 2 * width, depth);
+      float* to = place(pixel, n);
       each_sum(count, [&](auto i) PDARTS_LAMBDA {
-        store_tile<i.value>(sums[i.value * kTileSide], sizeof sums[0]);
+        store_tile<i.value>(to + i.value * kTileSide * (place_bytes / static_cast<int64_t>(sizeof(float))),
+                            place_bytes);
       });
-      for (int64_t row = 0; row < rows; ++row) put(pixel + row, n / V, load(sums[row]));
+      done(pixel, rows, n);
     }
   }
+}
+
+// As in product.h.
+template <class Put>
+PDARTS_INLINE void product(const BFloat* a, int64_t a_stride, int64_t pixels, int64_t depth,
+                           const BFloat* packed, int64_t columns, Put put) {
+  alignas(64) float sums[kSums * kTileSide][kTileSide];
+  product_tiles(
+      a, a_stride, pixels, depth, packed, columns, sizeof sums[0],
+      [&](int64_t, int64_t) PDARTS_LAMBDA { return sums[0]; },
+      [&](int64_t pixel, int64_t rows, int64_t n) PDARTS_LAMBDA {
+        for (int64_t row = 0; row < rows; ++row) put(pixel + row, n / V, load(sums[row]));
+      });
 }
 
 // As in product.h.
@@ -128,20 +145,10 @@ PDARTS_INLINE void product_rows(const BFloat* a, int64_t a_stride, int64_t pixel
                                 const BFloat* packed, int64_t columns, float* out, const A& ahead) {
   for (int64_t p = 0; p < pixels; ++p)
     for (int64_t block = 0; block < columns / V; ++block) ahead.ask(p, block);
-  const int64_t out_bytes = columns * static_cast<int64_t>(sizeof(float));
-  for (int64_t n = 0; n < columns; n += V) {
-    const int64_t panel = n / (2 * V) * (2 * V), width = min_of(2 * V, columns - panel);
-    const BFloat* right = packed + panel * depth + (n - panel) * 2;
-    for (int64_t pixel = 0; pixel < pixels; pixel += kSums * kTileSide) {
-      const int64_t rows = min_of(kSums * kTileSide, pixels - pixel);
-      const int64_t count = (rows + kTileSide - 1) / kTileSide;
-      each_sum(count, [&](auto i) PDARTS_LAMBDA { clear_tile<i.value>(); });
-      add_products(count, a + pixel * a_stride, a_stride, right, 2 * width, depth);
-      each_sum(count, [&](auto i) PDARTS_LAMBDA {
-        store_tile<i.value>(out + (pixel + i.value * kTileSide) * columns + n, out_bytes);
-      });
-    }
-  }
+  product_tiles(
+      a, a_stride, pixels, depth, packed, columns, columns * static_cast<int64_t>(sizeof(float)),
+      [&](int64_t pixel, int64_t n) PDARTS_LAMBDA { return out + pixel * columns + n; },
+      [](int64_t, int64_t, int64_t) PDARTS_LAMBDA {});
 }
 
 // Row i of `out` is column i of `in`: 16 x 16 numbers of 32 bits.
