@@ -1,13 +1,16 @@
 """Reuses large arrays from step to step.
 
 Fresh memory costs a page fault per 4 KiB: for the arrays of a cell about as long as it takes to
-fill them. A block goes back to the pool when the last tensor on it is freed.
+fill them. A block goes back to the pool when the last tensor on it is freed. Huge pages, of 2 MiB,
+save a fifth of a pass: the processor remembers where few pages are, and what it does not remember
+it looks up in tables of several levels, twice as many in a virtual machine.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
+import os
 import threading
 import weakref
 from collections import defaultdict, deque
@@ -23,13 +26,30 @@ _SMALLEST = 1 << 18
 _SPARE = 2.0
 # Blocks that lay free while so many others were taken are handed back: some ten steps of a search.
 _PATIENCE = 4096
-# Blocks are multiples of a huge page, so that the kernel can back them with huge pages.
+# Blocks are whole huge pages.
 _GRANULE = 1 << 21
 
 
 def _strides(shape: tuple[int, ...]) -> list[int]:
     """Of a contiguous tensor."""
     return [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+
+
+def _fresh(size: int) -> np.ndarray:
+    """A block of the system's, ``uint8 [size]``, of huge pages where it has them.
+
+    The kernel gives those to private memory alone, and only to whole ones.
+    """
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
+    memory = mmap.mmap(-1, size + _GRANULE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    block = np.frombuffer(memory, dtype=np.uint8)
+    begin = -block.ctypes.data % _GRANULE
+    return block[begin : begin + size]
+
+
+_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 
 
 class Pool:
@@ -43,18 +63,19 @@ class Pool:
     def __init__(self) -> None:
         # By size, with when they came back, the last one last. Appending to and popping from a
         # deque is atomic: finalizers may run at any moment.
-        self._blocks: defaultdict[int, deque[tuple[int, mmap.mmap]]] = defaultdict(deque)
+        self._blocks: defaultdict[int, deque[tuple[int, np.ndarray]]] = defaultdict(deque)
         self.in_use = 0
         self.free = 0
         self._peak = 0
         self._taken = 0
         self._lock = threading.Lock()
+        _pools.add(self)
 
-    def _take(self, size: int) -> mmap.mmap:
+    def _take(self, size: int) -> np.ndarray:
         with self._lock:
             return self._take_alone(size)
 
-    def _take_alone(self, size: int) -> mmap.mmap:
+    def _take_alone(self, size: int) -> np.ndarray:
         self._taken += 1
         if self._taken % _PATIENCE == 0:
             while self._oldest()[0] < self._taken - _PATIENCE:
@@ -66,9 +87,7 @@ class Pool:
             limit = _SPARE * max(self._peak, self.in_use + size)
             while self.free and self.in_use + self.free + size > limit:
                 self._forget_oldest()
-            block = mmap.mmap(-1, size)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                block.madvise(mmap.MADV_HUGEPAGE)
+            block = _fresh(size)
         self.in_use += size
         self._peak = max(self._peak, self.in_use)
         return block
@@ -83,7 +102,7 @@ class Pool:
         self._blocks[size].popleft()
         self.free -= size
 
-    def _give_back(self, size: int, block: mmap.mmap) -> None:
+    def _give_back(self, size: int, block: np.ndarray) -> None:
         self.in_use -= size
         self.free += size
         self._blocks[size].append((self._taken, block))
@@ -94,6 +113,11 @@ class Pool:
         self.free = 0
         self._peak = self.in_use
 
+    def leave_to_parent(self) -> None:
+        """In a process that was forked: what lies free is the parent's, who would pay for copies."""
+        self._lock = threading.Lock()
+        self.clear()
+
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised contiguous tensor in main memory."""
         count = math.prod(shape)
@@ -102,11 +126,19 @@ class Pool:
             return torch.empty(shape, dtype=dtype)
         size = -(-needed // _GRANULE) * _GRANULE
         block = self._take(size)
-        array = np.frombuffer(block, dtype=np.uint8, count=needed)
+        array = block[:needed]
         weakref.finalize(array, self._give_back, size, block).atexit = False
         # Not a view: autograd adds to gradients in place only where nothing else holds them.
         tensor = torch.frombuffer(array, dtype=dtype, count=count)
         return tensor.as_strided_(shape, _strides(shape))
 
+
+def _leave_to_parent() -> None:
+    for pool in _pools:
+        pool.leave_to_parent()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
 
 pool = Pool()

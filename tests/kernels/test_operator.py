@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pdarts_fast.kernels import cell as fused
-from pdarts_fast.kernels.cpu.memory import Pool
 from pdarts_fast.kernels.interface import Arrays
 from pdarts_fast.kernels.reference import Reference
 from pdarts_fast.supernet import Network
@@ -195,54 +193,6 @@ def test_copies_of_a_network_have_statistics_of_their_own(compiled: str) -> None
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}
     twin(x)
     assert all(torch.equal(buffer, before[name]) for name, buffer in network.named_buffers())
-
-
-def test_memory_goes_back_to_the_pool() -> None:
-    pool = Pool()
-    shape = (1 << 20,)
-    tensor = pool.empty(shape, torch.float32)
-    address = tensor.data_ptr()
-    view = tensor.view(2, -1)[1]
-    del tensor
-    assert (pool.in_use, pool.free) == (1 << 22, 0)
-    del view
-    gc.collect()
-    assert (pool.in_use, pool.free) == (0, 1 << 22)
-    assert pool.empty(shape, torch.float32).data_ptr() == address
-
-
-MIB = 1 << 20
-
-
-def take(pool: Pool, mebibytes: int) -> Tensor:
-    return pool.empty((mebibytes * MIB,), torch.uint8)
-
-
-def test_steps_of_two_dtypes_in_turns_find_their_memory() -> None:
-    pool = Pool()
-    addresses = [[take(pool, size).data_ptr() for size in (32, 6, 16, 4)] for _ in range(3)]
-    assert addresses[0] == addresses[1] == addresses[2]
-
-
-def test_memory_is_handed_back_where_there_is_too_much() -> None:
-    pool = Pool()
-    for size in (10, 8, 6):
-        take(pool, size)
-    # Twice what was in use at a time: the first one has to go.
-    assert pool.free == 14 * MIB
-    kept = take(pool, 40)
-    assert (pool.in_use, pool.free) == (kept.nbytes, 14 * MIB)
-    more = take(pool, 30)
-    assert (pool.in_use, pool.free) == (kept.nbytes + more.nbytes, 14 * MIB)
-
-
-def test_stale_memory_is_handed_back() -> None:
-    pool = Pool()
-    take(pool, 16)
-    kept = take(pool, 32)
-    for _ in range(9000):
-        take(pool, 2)
-    assert (pool.in_use, pool.free) == (kept.nbytes, 2 * MIB)
 
 
 def test_kernels_refuse_arrays_with_gaps(compiled: str) -> None:

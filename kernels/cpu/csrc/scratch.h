@@ -2,7 +2,10 @@
 #pragma once
 
 #include <cstdlib>
-#include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "ahead.h"
 
@@ -11,6 +14,9 @@ namespace PDARTS_VARIANT {
 
 // Stencils compute whole blocks of columns: they may read, never use, this far beyond a plane.
 constexpr int64_t kSlack = 64 * V;
+
+// Memory whose pages are small costs a walk through their tables every few rows of an image.
+constexpr int64_t kHugePage = int64_t{1} << 21;
 
 // A bump allocator over one block a thread. The block only grows: allocating it anew for every
 // call costs more in page faults than a small cell computes.
@@ -26,12 +32,13 @@ class Scratch {
     used_ = 0;
     if (bytes <= size_) return;
     std::free(block_);
-    size_ = (bytes + 63) / 64 * 64;
-    block_ = static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(size_)));
-    if (!block_) {
-      size_ = 0;
-      std::abort();
-    }
+    const int64_t unit = bytes < kHugePage / 4 ? 64 : kHugePage;
+    size_ = (bytes + unit - 1) / unit * unit;
+    block_ = static_cast<char*>(std::aligned_alloc(static_cast<size_t>(unit), static_cast<size_t>(size_)));
+    if (!block_) std::abort();
+#ifdef MADV_HUGEPAGE
+    if (unit == kHugePage) madvise(block_, static_cast<size_t>(size_), MADV_HUGEPAGE);
+#endif
   }
 
   template <class T>
