@@ -25,6 +25,7 @@ from ..weights import layout
 from . import abi
 from .library import Library
 from .memory import pool
+from .pages import collapse_small_pages
 from .tables import (
     addresses_of,
     are_plain,
@@ -38,6 +39,9 @@ from .tables import (
 
 # Gradients of outputs that are in use at a time: that of a cell and of both of its inputs.
 _LIVE = 3
+
+# Backward passes after which it pays to move small objects, which takes a second or two.
+_SETTLED = 500
 
 
 def _field(struct: type[ctypes.Structure], name: str, index: int = 0) -> int:
@@ -71,9 +75,11 @@ class Geometry:
         room: Elements of the room of a backward pass.
         weights: Numbers in all gradients of weights.
         alphas: Numbers in a cell's gradient of alphas.
+        passes: Backward passes so far.
     """
 
     def __init__(self, keys: Sequence[str], shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.passes = 0
         self._plans = [plans.from_key(key) for key in keys]
         self._itemsize = dtype.itemsize
         self.outputs: list[tuple[int, ...]] = []
@@ -306,13 +312,16 @@ class CompiledChain:
         table = where.pass_of(kept, doubles, addresses)
         dtype = kept.rows.dtype
         grad_alphas = torch.empty(len(keys), where.alphas, dtype=torch.float64)
-        grad_weights = torch.zeros(where.weights) if want_weights else None
+        grad_weights = pool.empty((where.weights,), torch.float32) if want_weights else None
         grad_input = pool.empty(tuple(kept.rows.shape), dtype) if want_input else None
         outputs = pool.empty((_LIVE, where.largest), dtype)
         room = pool.empty((where.room,), dtype)
         where.add_gradients(table, grad, grad_input, grad_alphas, grad_weights, outputs, room)
         self._run(table, backward=True)
         del outputs, room, doubles, addresses
+        where.passes += 1
+        if where.passes == _SETTLED:
+            collapse_small_pages()
         return grad_input, grad_alphas, grad_weights
 
     def _run(self, table: _Table, *, backward: bool) -> None:

@@ -114,7 +114,7 @@ class Pool:
         self._peak = self.in_use
 
     def leave_to_parent(self) -> None:
-        """In a process that was forked: what lies free is the parent's, who would pay for copies."""
+        """Forgets what lies free, in a forked process: the parent would pay for copies of it."""
         self._lock = threading.Lock()
         self.clear()
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pdarts_fast.kernels.cpu.memory import pool
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -73,8 +75,9 @@ def copy_rate(mebibytes: int = 128, repeats: int = 5, device: torch.device | str
 
 
 def release_memory() -> None:
-    """Hands freed memory back to the system, which the C library would keep for itself."""
+    """Hands freed memory back to the system, which the C library and the kernels would keep."""
     gc.collect()
+    pool.clear()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -20,6 +20,7 @@ from pdarts_fast.data.memory import available_memory
 from pdarts_fast.errors import UsageError
 from pdarts_fast.kernels import backends
 from pdarts_fast.kernels import cell as fused
+from pdarts_fast.kernels.cpu.pages import collapse_small_pages
 from pdarts_fast.run.environment import cpu_name, usable_cores, versions
 
 log = logging.getLogger(__name__)
@@ -92,14 +93,18 @@ def _stage(options: BenchOptions, stage: int, batch: int, repeats: int) -> dict[
     """All numbers of one stage; of the published graph as well where its memory is there."""
     with_published = _fits(stage, batch)
     made = rivals.make(stage, batch, options.backend, published=with_published)
-    own = made[options.backend]
+    own, amp = made[options.backend], made[f"{options.backend} amp"]
+    for rival in (own, amp):
+        rival.forward_backward()
+    # As a search does after some hundred passes, and before the published graph's arrays are there.
+    collapse_small_pages()
     saved = {name: measure.saved_bytes(r.network, r.loss) for name, r in made.items()}
     calls = {name: rival.forward_backward for name, rival in made.items()}
     turn = 0.0 if options.quick else _TURN
     passes = measure.interleaved(calls, repeats, turn)
     config = SearchConfig()
     alpha, weight = rivals.own_steps(own, config)
-    amp_alpha, amp_weight = rivals.own_steps(made[f"{options.backend} amp"], config)
+    amp_alpha, amp_weight = rivals.own_steps(amp, config)
 
     def bilevel() -> None:
         alpha()

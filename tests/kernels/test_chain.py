@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from pdarts_fast import supernet
 from pdarts_fast.kernels import cell as fused
 from pdarts_fast.kernels import chain
+from pdarts_fast.kernels.cpu import chain as cpu_chain
+from pdarts_fast.kernels.cpu import memory
 from pdarts_fast.supernet import Cell, Network
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -276,3 +278,32 @@ def test_the_supernet_uses_it(ways: list[bool]) -> None:
     assert supernet.chain is chain
     network()(batch()[0])
     assert ways == [True]
+
+
+def test_every_gradient_is_written() -> None:
+    net, (x, y) = network(channels=32, live=8), batch()
+    twin = copy.deepcopy(net)
+    net._loss(x, y).backward()
+    want = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+    net.zero_grad()
+    poisoned = [block for blocks in memory.pool._blocks.values() for _, block in blocks]
+    for block in poisoned:
+        block.view(np.float32).fill(np.nan)
+    twin._loss(x, y).backward()
+    got = [p.grad for p in twin.parameters() if p.grad is not None]
+    assert len(poisoned) > 0
+    assert sum(g.nbytes for g in want) > memory._SMALLEST
+    assert len(got) == len(want)
+    assert all(map(torch.equal, got, want))
+
+
+def test_small_objects_move_when_a_search_has_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[int] = []
+    monkeypatch.setattr(cpu_chain, "_SETTLED", 3)
+    monkeypatch.setattr(cpu_chain, "collapse_small_pages", lambda: moved.append(1))
+    net, (x, y) = network(layers=3), batch(images=3, height=8, width=8)
+    counts = []
+    for _ in range(5):
+        net._loss(x, y).backward()
+        counts.append(len(moved))
+    assert counts == [0, 0, 1, 1, 1]

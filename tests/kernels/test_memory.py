@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import mmap
 import os
+import platform
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from pdarts_fast.kernels.cpu import pages
 from pdarts_fast.kernels.cpu.memory import Pool
 
 MIB = 1 << 20
@@ -62,15 +64,15 @@ def test_stale_memory_is_handed_back() -> None:
     assert (pool.in_use, pool.free) == (kept.nbytes, 2 * MIB)
 
 
-def mapping_flags(address: int) -> list[str]:
-    """What the system knows about the memory that an address is part of."""
+def mapping(address: int, name: str) -> list[str]:
+    """What the system knows, under a name, about the memory that an address is part of."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
-        name, *rest = line.split()
-        if not name.endswith(":"):
-            begin, end = (int(x, 16) for x in name.split("-"))
+        first, *rest = line.split()
+        if not first.endswith(":"):
+            begin, end = (int(x, 16) for x in first.split("-"))
             inside = begin <= address < end
-        elif inside and name == "VmFlags:":
+        elif inside and first == f"{name}:":
             return rest
     raise LookupError(hex(address))
 
@@ -79,7 +81,7 @@ def mapping_flags(address: int) -> list[str]:
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages to ask for")
 def test_memory_is_of_huge_pages() -> None:
     tensor = take(Pool(), 5)
-    flags = mapping_flags(tensor.data_ptr())
+    flags = mapping(tensor.data_ptr(), "VmFlags")
     # Advised to be of huge pages; shared memory does not get them.
     assert "hg" in flags
     assert "sh" not in flags
@@ -104,3 +106,46 @@ def test_processes_have_their_own_memory() -> None:
     assert fresh.data_ptr() == address
     assert os.waitpid(child, 0)[1] == 0
     assert (kept[0], fresh[0]) == (1, 3)
+
+
+def has_collapse() -> bool:
+    """Whether the system makes huge pages of small ones when it is asked to."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if platform.system() != "Linux" or not setting.exists():
+        return False
+    version = tuple(int(part) for part in platform.release().split(".")[:2])
+    return version >= (6, 1) and "[never]" not in setting.read_text()
+
+
+@pytest.mark.skipif(not has_collapse(), reason="needs Linux 6.1 with huge pages")
+def test_small_pages_become_huge_ones_and_keep_what_they_have() -> None:
+    memory = mmap.mmap(-1, 8 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    tensor = torch.frombuffer(memory, dtype=torch.uint8)
+    tensor.copy_(torch.arange(8 * MIB) % 251)
+    assert pages.collapse_small_pages() >= 6 * MIB
+    assert int(mapping(tensor.data_ptr(), "AnonHugePages")[0]) >= 6 * 1024
+    assert bool((tensor == torch.arange(8 * MIB) % 251).all())
+
+
+def test_sparse_shared_and_file_memory_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    listing = tmp_path / "smaps"
+    mappings = [
+        ("10000000-10400000 rw-p 00000000 00:00 0 [heap]", 4096, 0),
+        ("20000000-20400000 rw-p 00000000 00:00 0", 4096, 0),
+        ("30000000-30400000 rw-p 00000000 00:00 0", 1024, 0),  # mostly empty
+        ("40000000-40400000 rw-p 00000000 00:00 0", 4096, 4096),  # huge already
+        ("50000000-50400000 rw-s 00000000 00:00 0", 4096, 0),  # shared
+        ("60000000-60400000 rw-p 00000000 08:01 7 /lib/x.so", 4096, 0),
+        ("70000000-70100000 rw-p 00000000 00:00 0", 1024, 0),  # small
+    ]
+    listing.write_text(
+        "".join(
+            f"{head}\nRss: {resident} kB\nAnonHugePages: {huge} kB\nVmFlags: rd wr\n"
+            for head, resident, huge in mappings
+        )
+    )
+    monkeypatch.setattr(pages, "_MAPPINGS", listing)
+    found = [m.begin for m in pages._mappings() if m.is_worth_it()]
+    assert found == [0x10000000, 0x20000000]
