@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from pdarts_fast.bench import gpu_cell, measure, rivals, run
+from pdarts_fast.errors import UsageError
 from pdarts_fast.kernels import backends
+from pdarts_fast.kernels.cpu.memory import pool
 
 needs_cpu = pytest.mark.skipif(
     not backends.available()["cpu"].usable, reason="needs the compiled kernels"
@@ -122,3 +124,18 @@ def test_stages_have_the_skip_dropout_of_the_method() -> None:
     assert fused.skip_dropout.p.item() == pytest.approx(0.4)
     assert set(theirs.values()) == {0.4}
     assert not rivals.make(1, 2, backends.REFERENCE)[backends.REFERENCE].network.has_skip_dropout
+
+
+@pytest.mark.parametrize("predict", [None, "h100"])
+def test_numbers_have_a_place_before_they_are_measured(tmp_path: Path, predict: str | None) -> None:
+    output = tmp_path / "missing" / "bench.json"
+    with pytest.raises(UsageError, match=r"--json .*there is no folder .*missing"):
+        run.run_bench(run.BenchOptions(json=output, predict=predict))
+
+
+def test_the_kernels_memory_is_handed_back() -> None:
+    tensor = pool.empty((1 << 20,), torch.float32)
+    del tensor
+    assert pool.free > 0
+    measure.release_memory()
+    assert pool.free == 0

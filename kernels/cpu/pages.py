@@ -1,4 +1,4 @@
-"""Huge pages for small objects, which the caches have forgotten from pass to pass.
+"""Huge pages: whether there are any, and some for small objects.
 
 Every weight has its tensors, nodes of autograd and Python objects, on some page among those of the
 whole program. The kernels read and write about a gigabyte between two uses of them, so that even
@@ -10,12 +10,11 @@ be looked up.
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-_HUGE_PAGE = 1 << 21
+HUGE_PAGE = 1 << 21
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _MAPPINGS = Path("/proc/self/smaps")
 # Of <sys/mman.h>, since Linux 6.1: makes huge pages of what is there, now.
@@ -24,6 +23,11 @@ _COLLAPSE = 25
 _LARGEST = 1 << 30
 # Empty pages of a mapping would need memory.
 _FULL = 0.75
+
+
+def are_offered() -> bool:
+    """Whether the system gives huge pages to programs that ask for them (Linux)."""
+    return _SETTING.exists() and "[never]" not in _SETTING.read_text()
 
 
 @dataclass
@@ -40,7 +44,7 @@ class _Mapping:
         """Whether it is full of small pages."""
         size = self.end - self.begin
         full = self.resident >= _FULL * size and self.huge < _FULL * self.resident
-        return self.private and full and _HUGE_PAGE <= size <= _LARGEST
+        return self.private and full and HUGE_PAGE <= size <= _LARGEST
 
 
 def _mappings() -> Iterator[_Mapping]:
@@ -70,15 +74,13 @@ def collapse_small_pages() -> int:
     Returns:
         Bytes of the mappings that are now on huge pages.
     """
-    if sys.platform != "linux" or not (_SETTING.exists() and _MAPPINGS.exists()):
-        return 0
-    if "[never]" in _SETTING.read_text():
+    if not (are_offered() and _MAPPINGS.exists()):
         return 0
     madvise = ctypes.CDLL(None).madvise
     total = 0
     for mapping in [m for m in _mappings() if m.is_worth_it()]:
-        begin = -(-mapping.begin // _HUGE_PAGE) * _HUGE_PAGE
-        size = mapping.end // _HUGE_PAGE * _HUGE_PAGE - begin
+        begin = -(-mapping.begin // HUGE_PAGE) * HUGE_PAGE
+        size = mapping.end // HUGE_PAGE * HUGE_PAGE - begin
         if size > 0 and madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), _COLLAPSE) == 0:
             total += size
     return total

@@ -194,6 +194,8 @@ def run_bench(options: BenchOptions) -> dict[str, Any]:
     Raises:
         UsageError: An option is out of its range or the backend is not usable.
     """
+    if options.json is not None and not (folder := options.json.resolve().parent).is_dir():
+        raise UsageError(f"--json {options.json}: there is no folder {folder}; make it")
     if options.predict is not None:
         return run_predict(options.predict, options.json)
     _check(options)

@@ -16,7 +16,6 @@ from pdarts_fast.kernels.cpu import pages
 from pdarts_fast.kernels.cpu.memory import Pool
 
 MIB = 1 << 20
-HUGE_PAGE = 2 * MIB
 
 
 def take(pool: Pool, mebibytes: int) -> Tensor:
@@ -77,15 +76,14 @@ def mapping(address: int, name: str) -> list[str]:
     raise LookupError(hex(address))
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not tell")
-@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages to ask for")
+@pytest.mark.skipif(not pages.are_offered(), reason="no huge pages to ask for")
 def test_memory_is_of_huge_pages() -> None:
     tensor = take(Pool(), 5)
     flags = mapping(tensor.data_ptr(), "VmFlags")
     # Advised to be of huge pages; shared memory does not get them.
     assert "hg" in flags
     assert "sh" not in flags
-    assert tensor.data_ptr() % HUGE_PAGE == 0
+    assert tensor.data_ptr() % pages.HUGE_PAGE == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes by fork")
@@ -97,10 +95,14 @@ def test_processes_have_their_own_memory() -> None:
     child = os.fork()
     if child == 0:
         # One number each: threads that would share an array out are the parent's.
-        took = take(pool, 8)
-        took[0] = kept[0] = 2
-        # What lay free is the parent's: were it kept, it would be copied when either writes to it.
-        os._exit(0 if pool.free == 0 else 1)
+        status = 1
+        try:
+            took = take(pool, 8)
+            took[0] = kept[0] = 2
+            # What lay free is the parent's: were it kept, it would be copied when either writes.
+            status = int(pool.free != 0)
+        finally:
+            os._exit(status)
     fresh = take(pool, 8)
     fresh[0] = 3
     assert fresh.data_ptr() == address
@@ -110,11 +112,9 @@ def test_processes_have_their_own_memory() -> None:
 
 def has_collapse() -> bool:
     """Whether the system makes huge pages of small ones when it is asked to."""
-    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if platform.system() != "Linux" or not setting.exists():
+    if not pages.are_offered():
         return False
-    version = tuple(int(part) for part in platform.release().split(".")[:2])
-    return version >= (6, 1) and "[never]" not in setting.read_text()
+    return tuple(int(part) for part in platform.release().split(".")[:2]) >= (6, 1)
 
 
 @pytest.mark.skipif(not has_collapse(), reason="needs Linux 6.1 with huge pages")
@@ -149,3 +149,18 @@ def test_sparse_shared_and_file_memory_is_left_alone(
     monkeypatch.setattr(pages, "_MAPPINGS", listing)
     found = [m.begin for m in pages._mappings() if m.is_worth_it()]
     assert found == [0x10000000, 0x20000000]
+
+
+@pytest.mark.parametrize("setting", [None, "always madvise [never]\n"], ids=["none", "never"])
+def test_systems_without_huge_pages(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, setting: str | None
+) -> None:
+    path = tmp_path / "enabled"
+    if setting:
+        path.write_text(setting)
+    monkeypatch.setattr(pages, "_SETTING", path)
+    assert pages.collapse_small_pages() == 0
+    tensor = take(Pool(), 4)
+    tensor[-1] = 1
+    if Path("/proc/self/smaps").exists():
+        assert "hg" not in mapping(tensor.data_ptr(), "VmFlags")
