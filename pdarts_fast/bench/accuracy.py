@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pdarts_fast.bench import rivals
+from pdarts_fast.bench import decisions, rivals
 from pdarts_fast.supernet import Network
 
 
@@ -30,28 +31,46 @@ def _error(got: Tensor, want: Tensor) -> float:
     return ((got - want).abs().max() / want.abs().max().clamp_min(1e-12)).item()
 
 
-def errors(stage: int, batch: int, backend: str) -> dict[str, dict[str, float]]:
+def _compare(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, float]:
+    by_image = [_error(g, w) for g, w in zip(got["input"], want["input"], strict=True)]
+    alphas = [key for key in want if key.startswith("alphas")]
+    rest = [key for key in want if key not in (*alphas, "logits", "loss", "input")]
+    return {
+        "logits": _error(got["logits"], want["logits"]),
+        "loss": _error(got["loss"], want["loss"]),
+        "input gradient": torch.tensor(by_image).median().item(),
+        "weight gradients": max(_error(got[key], want[key]) for key in rest),
+        "alpha gradients": max(_error(got[key], want[key]) for key in alphas),
+    }
+
+
+def errors(stage: int, batch: int, backend: str) -> dict[str, dict[str, Any]]:
     """Largest relative errors against float64, of a backend and of torch's float32.
 
     Returns:
-        By rival: ``logits``, ``loss``, ``input gradient`` (median image), ``weight gradients`` and
-        ``alpha gradients`` (worst tensor of each kind).
+        By rival: ``flips``, how many ReLUs and maximum pools take another side than in float64;
+        ``rounding``, errors against the float64 graph that takes the rival's sides; ``plain``,
+        those against the float64 graph as it is. Errors: ``logits``, ``loss``, ``input gradient``
+        (median image), ``weight gradients`` and ``alpha gradients`` (worst tensor of each kind).
     """
     made = rivals.make(stage, batch, backend, same_masks=True)
-    exact = copy.deepcopy(made[rivals.PUBLISHED].network).double()
     images, labels = made[rivals.PUBLISHED].images, made[rivals.PUBLISHED].labels
-    want = _values(exact, images.double(), labels)
+    published, own = made[rivals.PUBLISHED].network, made[backend].network
+    exact, again = copy.deepcopy(published).double(), copy.deepcopy(own)
+    got = {backend: _values(own, images, labels)}
+    with decisions.of_fused(again, backend) as of_own, torch.no_grad():
+        again(images)
+    with decisions.of_published(published) as of_published:
+        got[rivals.PUBLISHED] = _values(published, images, labels)
+    fresh = copy.deepcopy(exact)
+    with decisions.of_published(exact) as of_exact:
+        want = _values(exact, images.double(), labels)
     table = {}
-    for name in (rivals.PUBLISHED, backend):
-        got = _values(made[name].network, images, labels)
-        by_image = [_error(g, w) for g, w in zip(got["input"], want["input"], strict=True)]
-        alphas = [key for key in want if key.startswith("alphas")]
-        rest = [key for key in want if key not in (*alphas, "logits", "loss", "input")]
+    for name, sides in ((rivals.PUBLISHED, of_published), (backend, of_own)):
+        same = decisions.imposed(fresh, sides)
         table[name] = {
-            "logits": _error(got["logits"], want["logits"]),
-            "loss": _error(got["loss"], want["loss"]),
-            "input gradient": torch.tensor(by_image).median().item(),
-            "weight gradients": max(_error(got[key], want[key]) for key in rest),
-            "alpha gradients": max(_error(got[key], want[key]) for key in alphas),
+            "flips": decisions.differing(sides, of_exact),
+            "rounding": _compare(got[name], _values(same, images.double(), labels)),
+            "plain": _compare(got[name], want),
         }
     return table

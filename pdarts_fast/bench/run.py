@@ -32,6 +32,9 @@ STEPS, WEIGHT_EPOCHS, BOTH_EPOCHS, BATCH = 261, 10, 15, 96
 # for backward.
 _MEMORY_FACTOR = 1.9
 
+# The same of a process that compares with float64, in the batches that are tried for that.
+_ACCURACY_FACTOR, _ACCURACY_BATCHES = 3.5, (32, 8)
+
 # Seconds of a turn: calls of the published graph take longer, those of the fused cells repeat.
 _TURN = 1.0
 
@@ -74,19 +77,34 @@ def _check(options: BenchOptions) -> None:
     backends.check(options.backend)
 
 
+def _shortage(stage: int, batch: int, factor: float) -> tuple[float, float] | None:
+    """Bytes needed and free if the published graph does not fit, ``factor`` times what it saves."""
+    small = rivals.make(stage, 2, backends.REFERENCE)[rivals.PUBLISHED]
+    needed = measure.saved_bytes(small.network, small.loss) // 2 * batch * factor
+    available = available_memory()
+    return None if available is None or needed <= available else (needed, available)
+
+
 def _fits(stage: int, batch: int) -> bool:
     """Whether there is memory for the published graph; says so if not."""
-    small = rivals.make(stage, 2, backends.REFERENCE)[rivals.PUBLISHED]
-    needed = measure.saved_bytes(small.network, small.loss) // 2 * batch * _MEMORY_FACTOR
-    available = available_memory()
-    if available is None or needed <= available:
+    shortage = _shortage(stage, batch, _MEMORY_FACTOR)
+    if shortage is None:
         return True
     log.warning(
         "stage %d at batch %d: the published graph is left out, it needs about %.0f GB of memory "
         "and %.0f GB are free; use a smaller --batch to compare",
-        *(stage, batch, needed / 1e9, available / 1e9),
+        *(stage, batch, *(size / 1e9 for size in shortage)),
     )
     return False
+
+
+def _errors(stage: int, batch: int, backend: str) -> dict[str, Any] | None:
+    """``accuracy.errors`` and their batch, the largest up to ``batch`` that fits; says if none."""
+    for size in sorted({min(batch, size) for size in _ACCURACY_BATCHES}, reverse=True):
+        if _shortage(stage, size, _ACCURACY_FACTOR) is None:
+            return {"batch": size, "rivals": accuracy.errors(stage, size, backend)}
+    log.warning("stage %d: too little memory to compare with float64, which is left out", stage)
+    return None
 
 
 def _stage(options: BenchOptions, stage: int, batch: int, repeats: int) -> dict[str, Any]:
@@ -188,6 +206,26 @@ def _print_stage(console: Console, options: BenchOptions, result: dict[str, Any]
     console.print(table)
 
 
+def _print_errors(console: Console, found: dict[str, Any]) -> None:
+    kinds = list(next(iter(found["rivals"].values()))["rounding"])
+    table = Table(
+        title=f"largest relative errors against float64, batch {found['batch']}",
+        title_justify="left",
+        caption="Flips: ReLUs and maximum pools that take another side than in float64. Without: "
+        "the float64 graph takes the sides of the float32 pass.",
+        caption_justify="left",
+    )
+    table.add_column("float32 of")
+    table.add_column("flips", justify="right")
+    for kind in kinds:
+        table.add_column(kind.replace(" ", "\n"), justify="right")
+    for errors, without in (("rounding", ", without"), ("plain", "")):
+        for name, rival in found["rivals"].items():
+            values = [f"{rival[errors][kind]:.1e}" for kind in kinds]
+            table.add_row(name + without, str(rival["flips"]), *values)
+    console.print(table)
+
+
 def run_bench(options: BenchOptions) -> dict[str, Any]:
     """Measures, prints tables to standard output and returns all numbers.
 
@@ -217,14 +255,14 @@ def run_bench(options: BenchOptions) -> dict[str, Any]:
     )
     for stage in options.stages:
         result = _stage(options, stage, batch, repeats)
-        if options.accuracy:
-            result["errors"] = accuracy.errors(stage, min(batch, 8), options.backend)
         measure.release_memory()
         report["stages"].append(result)
         _print_stage(console, options, result)
-        for name, found in result.get("errors", {}).items():
-            text = ", ".join(f"{key} {value:.1e}" for key, value in found.items())
-            console.print(f"error against float64, {name}: {text}")
+        if options.accuracy:
+            result["errors"] = _errors(stage, batch, options.backend)
+            measure.release_memory()
+            if result["errors"] is not None:
+                _print_errors(console, result["errors"])
     for name, prefix in (("float32", ""), ("amp", "amp ")):
         seconds = projected_seconds(report["stages"], prefix)
         report[f"projected_seconds_{name}"] = seconds

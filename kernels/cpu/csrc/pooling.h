@@ -27,26 +27,37 @@ PDARTS_INLINE float inverse_extent(int64_t centre, int64_t size) {
 // Columns that a window moves over before it looks whether the row ends.
 constexpr int kWindows = 4;
 
+// A row of windows reads three rows of an image. One that lies outside is replaced by the middle row, which
+// changes no maximum, and has the weight 0 in the sum.
+struct PoolRows {
+  int64_t above, below;  // distances from the middle row
+  float above_weight, below_weight;
+
+  PDARTS_INLINE_METHOD PoolRows(const Task& t, int64_t centre) {
+    const int64_t step = t.in_width * t.x_stride;
+    const bool has_above = centre > 0, has_below = centre + 1 < t.in_height;
+    above = has_above ? -step : 0;
+    below = has_below ? step : 0;
+    above_weight = static_cast<float>(has_above);
+    below_weight = static_cast<float>(has_below);
+  }
+};
+
 // The windows of one row of outputs, a channel block: put(column, a number below kWindows, maximum,
 // mean). What `put` leaves out is not computed. `centre` is the middle row of the windows.
-template <int S, bool kAbove, bool kBelow, class T, class Put>
-PDARTS_INLINE void pool_windows(const Task& t, const T* centre, float height, Put put) {
+template <int S, class T, class Put>
+PDARTS_INLINE void pool_windows(const Task& t, const T* centre, const PoolRows& rows, float height,
+                                Put put) {
   struct Column {
     Vec most, sum;
   };
-  const int64_t width = t.in_width, step = width * t.x_stride;
+  const int64_t width = t.in_width;
+  const Vec above_weight = broadcast(rows.above_weight), below_weight = broadcast(rows.below_weight);
   const Column outside{broadcast(-std::numeric_limits<float>::infinity()), Vec{}};
   const auto column = [&](int64_t w) PDARTS_LAMBDA {
     const T* x = centre + w * t.x_stride;
-    const Vec v = load(x);
-    Column all{v, v};
-    const auto add = [&](Vec other) PDARTS_LAMBDA {
-      all.most = maximum(other, all.most);
-      all.sum += other;
-    };
-    if constexpr (kAbove) add(load(x - step));
-    if constexpr (kBelow) add(load(x + step));
-    return all;
+    const Vec v = load(x), above = load(x + rows.above), below = load(x + rows.below);
+    return Column{maximum(below, maximum(above, v)), v + above * above_weight + below * below_weight};
   };
   const float inner = height * inverse_extent(1, 3);
   Column left = outside, middle = column(0);
@@ -79,11 +90,7 @@ PDARTS_INLINE void pool_rows_of(const Task& t, const T* image, int64_t begin, in
     const float height = inverse_extent(h, t.in_height);
     const auto put_row = [&](int64_t w, int chain, Vec most, Vec mean)
                              PDARTS_LAMBDA { put(first + w, chain, most, mean); };
-    const bool above = h > 0, below = h + 1 < t.in_height;
-    if (above && below) pool_windows<S, true, true>(t, centre, height, put_row);
-    else if (above) pool_windows<S, true, false>(t, centre, height, put_row);
-    else if (below) pool_windows<S, false, true>(t, centre, height, put_row);
-    else pool_windows<S, false, false>(t, centre, height, put_row);
+    pool_windows<S>(t, centre, PoolRows(t, h), height, put_row);
   }
 }
 
