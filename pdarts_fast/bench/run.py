@@ -211,7 +211,7 @@ def _print_errors(console: Console, found: dict[str, Any]) -> None:
     table = Table(
         title=f"largest relative errors against float64, batch {found['batch']}",
         title_justify="left",
-        caption="Flips: ReLUs and maximum pools that take another side than in float64. Without: "
+        caption="Flips: ReLUs and maximum pools that take another side than in float64. Left out: "
         "the float64 graph takes the sides of the float32 pass.",
         caption_justify="left",
     )
@@ -219,10 +219,11 @@ def _print_errors(console: Console, found: dict[str, Any]) -> None:
     table.add_column("flips", justify="right")
     for kind in kinds:
         table.add_column(kind.replace(" ", "\n"), justify="right")
-    for errors, without in (("rounding", ", without"), ("plain", "")):
+    for errors in ("rounding", "plain"):
         for name, rival in found["rivals"].items():
+            flips = str(rival["flips"]) if errors == "plain" else "left out"
             values = [f"{rival[errors][kind]:.1e}" for kind in kinds]
-            table.add_row(name + without, str(rival["flips"]), *values)
+            table.add_row(name, flips, *values)
     console.print(table)
 
 
