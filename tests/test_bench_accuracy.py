@@ -34,17 +34,17 @@ def test_a_graph_with_its_own_decisions_is_the_same_graph() -> None:
     network = made.network.double()
     twin = copy.deepcopy(network)
     with decisions.of_published(network) as sides:
-        want = accuracy._values(network, made.images.double(), made.labels)
+        want = accuracy.values(network, made.images.double(), made.labels)
     # 516 is the number of ReLUs and maximum pools of five cells with 14 edges of 8 operations.
     assert len(sides) == 516
-    got = accuracy._values(decisions.imposed(twin, sides), made.images.double(), made.labels)
+    got = accuracy.values(decisions.imposed(twin, sides), made.images.double(), made.labels)
     for name, value in want.items():
         torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-12)
 
     name = next(name for name, side in sides.items() if side.dtype == torch.bool)
     other = {**sides, name: ~sides[name]}
     assert decisions.differing(sides, other) == sides[name].numel()
-    flipped = accuracy._values(decisions.imposed(twin, other), made.images.double(), made.labels)
+    flipped = accuracy.values(decisions.imposed(twin, other), made.images.double(), made.labels)
     assert (flipped["logits"] - want["logits"]).abs().max() > 1e-6
     with pytest.raises(ValueError, match="decisions and modules differ"):
         decisions.imposed(twin, {name: sides[name]})

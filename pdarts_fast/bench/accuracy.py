@@ -13,7 +13,8 @@ from pdarts_fast.bench import decisions, rivals
 from pdarts_fast.supernet import Network
 
 
-def _values(network: Network, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+def values(network: Network, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """``logits``, ``loss``, ``input`` (its gradient) and every parameter's gradient, float64."""
     x = images.clone().requires_grad_()
     network.zero_grad(set_to_none=True)
     logits = network(x)
@@ -57,20 +58,20 @@ def errors(stage: int, batch: int, backend: str) -> dict[str, dict[str, Any]]:
     images, labels = made[rivals.PUBLISHED].images, made[rivals.PUBLISHED].labels
     published, own = made[rivals.PUBLISHED].network, made[backend].network
     exact, again = copy.deepcopy(published).double(), copy.deepcopy(own)
-    got = {backend: _values(own, images, labels)}
+    got = {backend: values(own, images, labels)}
     with decisions.of_fused(again, backend) as of_own, torch.no_grad():
         again(images)
     with decisions.of_published(published) as of_published:
-        got[rivals.PUBLISHED] = _values(published, images, labels)
+        got[rivals.PUBLISHED] = values(published, images, labels)
     fresh = copy.deepcopy(exact)
     with decisions.of_published(exact) as of_exact:
-        want = _values(exact, images.double(), labels)
+        want = values(exact, images.double(), labels)
     table = {}
     for name, sides in ((rivals.PUBLISHED, of_published), (backend, of_own)):
         same = decisions.imposed(fresh, sides)
         table[name] = {
             "flips": decisions.differing(sides, of_exact),
-            "rounding": _compare(got[name], _values(same, images.double(), labels)),
+            "rounding": _compare(got[name], values(same, images.double(), labels)),
             "plain": _compare(got[name], want),
         }
     return table

@@ -36,7 +36,7 @@ _MEMORY_FACTOR = 1.9
 _ACCURACY_FACTOR, _ACCURACY_BATCHES = 3.5, (32, 8)
 
 # Seconds of a turn: calls of the published graph take longer, those of the fused cells repeat.
-_TURN = 1.0
+_TURN = 3.0
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class BenchOptions:
     Attributes:
         stages: Of 1, 2, 3.
         batch: Images in a batch.
-        repeats: Rounds in which all rivals take turns of a second or a call.
+        repeats: Rounds in which all rivals take turns of three seconds or a call.
         backend: Rival of the published graph.
         quick: Batch 8, two rounds, no published bilevel step: minutes instead of an hour.
         accuracy: Compare with float64 too.
