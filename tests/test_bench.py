@@ -139,3 +139,17 @@ def test_the_kernels_memory_is_handed_back() -> None:
     assert pool.free > 0
     measure.release_memory()
     assert pool.free == 0
+
+
+@pytest.mark.parametrize(("images", "used"), [(64, 32), (32, 32), (16, 8), (4, None)])
+def test_float64_is_compared_at_the_largest_batch_that_fits(
+    images: int, used: int | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def shortage(stage: int, batch: int, factor: float) -> tuple[float, float] | None:
+        return None if batch <= images else (batch, images)
+
+    monkeypatch.setattr(run, "_shortage", shortage)
+    monkeypatch.setattr(run.accuracy, "errors", lambda stage, batch, backend: {"cpu": batch})
+    want = None if used is None else {"batch": used, "rivals": {"cpu": used}}
+    assert run._errors(1, 96, "cpu") == want
+    assert ("stage 1: too little memory to compare" in caplog.text) == (used is None)

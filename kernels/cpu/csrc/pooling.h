@@ -28,7 +28,8 @@ PDARTS_INLINE float inverse_extent(int64_t centre, int64_t size) {
 constexpr int kWindows = 4;
 
 // A row of windows reads three rows of an image. One that lies outside is replaced by the middle row, which
-// changes no maximum, and has the weight 0 in the sum.
+// changes no maximum, and has the weight 0 in the sum (infinity times 0 is NaN, which the BatchNorm behind
+// the pool makes of infinity anyway).
 struct PoolRows {
   int64_t above, below;  // distances from the middle row
   float above_weight, below_weight;
