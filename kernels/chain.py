@@ -84,7 +84,7 @@ class WholeChain(Protocol):
         """Gradients of ``rows`` and of all weights, None where not wanted, and of the alphas.
 
         Args:
-            grad: Of the last output, ``[N, H, W, steps * C]``, contiguous.
+            grad: Of the last output, ``[N, H, W, steps * C]``, of any strides.
 
         Returns:
             ``rows``' gradient; float64 ``[cells, edges * k]``; float32, all weights in order.
@@ -241,7 +241,7 @@ class _EagerChain(torch.autograd.Function):
         blocks, weights = rest[: len(keys)], rest[len(keys) :]
         rows = copies[0] if copies else s.detach().permute(0, 2, 3, 1)
         kept = Kept(rows, out.detach().permute(0, 2, 3, 1), norms, blocks, rate, state)
-        grad_rows = grad.detach().to(call.dtype).permute(0, 2, 3, 1).contiguous()
+        grad_rows = grad.detach().to(call.dtype).permute(0, 2, 3, 1)
         want_weights = wants[4:]
         of_rows, by_cell, flat = call.runner.backward(
             keys, kept, (normal, reduction), weights, grad_rows, wants[1], any(want_weights)

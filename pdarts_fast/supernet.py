@@ -24,6 +24,7 @@ from pdarts_fast.genotype import PRIMITIVES
 from pdarts_fast.kernels import backends, chain
 from pdarts_fast.kernels.plan import STREAMS_PER_CELL
 from pdarts_fast.operations import OPS, FactorizedReduce, Identity, ReLUConvBN, batch_norm
+from pdarts_fast.pooling import GlobalPool
 from pdarts_fast.search_space import NUM_INPUTS, Switches
 from pdarts_fast.skip_dropout import DropoutControl, SkipDropout
 from pdarts_fast.stem import Stem
@@ -242,7 +243,7 @@ class Network(nn.Module):
         self.stem = Stem(stem_channels)
         self.cells = nn.ModuleList()
         out_channels = self._append_cells(stem_channels)
-        self.global_pooling = nn.AdaptiveAvgPool2d(1)
+        self.global_pooling = GlobalPool()
         self.classifier = nn.Linear(out_channels, num_classes)
         self.alphas_normal = self._initial_alphas()
         self.alphas_reduce = self._initial_alphas()
@@ -353,7 +354,7 @@ class Network(nn.Module):
         for cell in self.cells:
             if cast(Cell, cell).backend != chosen:
                 cast(Cell, cell).use_backend(chosen)
-        self.stem.backend = chosen
+        self.stem.backend = self.global_pooling.backend = chosen
         return chosen
 
     def extra_repr(self) -> str:

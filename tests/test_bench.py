@@ -65,18 +65,25 @@ def test_amp_steps_compute_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [False, True]
 
 
-def test_a_turn_lasts_as_long_as_asked_and_counts_the_mean_of_its_calls() -> None:
-    calls = {"short": 0, "long": 0}
+def test_a_turn_lasts_as_long_as_asked_and_counts_the_mean_of_its_calls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, calls = [0.0], {"short": 0, "long": 0}
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    last = ""
 
-    def wait(name: str, seconds: float) -> None:
+    def call(name: str, seconds: float) -> None:
+        nonlocal last
         calls[name] += 1
-        time.sleep(seconds)
+        # After another's call one finds cold caches.
+        clock[0] += seconds if name == last else seconds + 5.0
+        last = name
 
-    rivals = {"short": lambda: wait("short", 0.004), "long": lambda: wait("long", 0.04)}
-    timings = measure.interleaved(rivals, repeats=2, turn=0.03)
-    assert calls["long"] == 3
-    assert 5 <= calls["short"] <= 17
-    assert 0.004 <= timings["short"].median < 0.03 <= timings["long"].median
+    rivals = {"short": lambda: call("short", 2.0), "long": lambda: call("long", 40.0)}
+    timings = measure.interleaved(rivals, repeats=2, turn=10.0)
+    assert calls == {"short": 1 + 2 * 3, "long": 1 + 2 * 1}
+    assert timings["short"].median == 2.0
+    assert timings["long"].median == 45.0
 
 
 def test_measuring_what_is_saved_keeps_nothing() -> None:

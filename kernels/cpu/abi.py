@@ -6,7 +6,7 @@ import ctypes
 
 import numpy as np
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 FAN_OUT, MID, AFFINE, MIX, REDUCE, MID_BACKWARD, FAN_IN = range(7)
 PATCHES = 6
 """Kind of the stem's convolution, which no plan has."""
@@ -68,6 +68,7 @@ class Task(ctypes.Structure):
         ("out_stride", _INT),
         ("incoming", _POINTER),
         ("incoming_stride", _INT),
+        ("scale", _POINTER),
         ("shift", _POINTER),
         ("sums", _POINTER),
         ("dropout_state", _POINTER),

@@ -311,6 +311,8 @@ class CompiledChain:
         addresses = addresses_of(weights)
         table = where.pass_of(kept, doubles, addresses)
         dtype = kept.rows.dtype
+        if not grad.is_contiguous():
+            grad = pool.empty(tuple(grad.shape), dtype).copy_(grad)
         grad_alphas = torch.empty(len(keys), where.alphas, dtype=torch.float64)
         grad_weights = pool.empty((where.weights,), torch.float32) if want_weights else None
         grad_input = pool.empty(tuple(kept.rows.shape), dtype) if want_input else None

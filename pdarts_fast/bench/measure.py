@@ -30,23 +30,25 @@ def interleaved(
     """Times rivals in turns, after one call of each to warm up.
 
     A busy neighbour then slows all of them and not one. With a ``turn`` short calls follow one
-    another as in training, and do not each find the caches as a long call of another left them.
+    another as in training, and are not those that find caches and memory as another left them.
 
     Args:
         rivals: Calls by name.
         repeats: Rounds.
-        turn: Seconds that a turn lasts at least; the mean of its calls counts.
+        turn: Seconds that a turn lasts at least. The mean of its calls counts, without the first
+            one where others follow.
     """
     for call in rivals.values():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     for _ in range(repeats):
         for name, call in rivals.items():
-            start, calls, spent = time.perf_counter(), 0, 0.0
-            while calls == 0 or spent < turn:
+            spent: list[float] = []
+            while not spent or sum(spent) < turn:
+                start = time.perf_counter()
                 call()
-                calls, spent = calls + 1, time.perf_counter() - start
-            seconds[name].append(spent / calls)
+                spent.append(time.perf_counter() - start)
+            seconds[name].append(statistics.mean(spent[1:] or spent))
     return {
         name: Timing(min(values), statistics.median(values), repeats)
         for name, values in seconds.items()

@@ -63,8 +63,10 @@ struct Task {
   int64_t out_stride;
   const void* incoming;          // fan_in: gradient to add, or null
   int64_t incoming_stride;
-  const float* shift;            // mix: [C] to add
-  double* sums;                  // reduce: [C], sum of the gradient
+  const float* scale;            // fan_out: x is replaced by x * scale + shift first; or null
+  const float* shift;            // [C], mix: to add
+  double* sums;                  // reduce: [C], sum of the gradient; fan_in: [2, Cx], sums of out and of
+                                 // out * x, or null
   const int64_t* dropout_state;  // seed, step
   const float* dropout_rate;     // [1]
 };

@@ -20,13 +20,14 @@ class Backward : public CellPass {
       if (node == 0) continue;
       const Rows to{offset(cell_.node_grads, (node - 1) * pixels() * channels_), channels_};
       Rows& grad = grads_[static_cast<size_t>(node - 1)];
-      gather(node + 1, &grad, to);
+      gather(node + 1, &grad, to, nullptr);
       grad = to;
     }
     for (int64_t which = 0; which < 2; ++which) {
       if (!cell_.state_grads[which]) continue;
-      gather(which, nullptr, {cell_.state_grads[which], channels_});
-      preprocess(which);
+      double* total = sums(2);
+      gather(which, nullptr, {cell_.state_grads[which], channels_}, total);
+      preprocess(which, total);
     }
   }
 
@@ -120,8 +121,8 @@ class Backward : public CellPass {
     return offset(cell_.half_grads, item.half * pixels() * channels_);
   }
 
-  // Gradient of a state from all edges that leave it.
-  void gather(int64_t source, const Rows* incoming, Rows out) {
+  // Gradient of a state from all edges that leave it; sums [2, C] of it and of it times the state, or null.
+  void gather(int64_t source, const Rows* incoming, Rows out, double* sums) {
     const Call& call = calls_.gather[source];
     branches(call);
     for (int64_t i = 0; i < call.count; ++i) {
@@ -136,6 +137,7 @@ class Backward : public CellPass {
     read_state(t, source);
     t.out = out.data;
     t.out_stride = out.stride;
+    t.sums = sums;
     if (incoming) {
       t.incoming = incoming->data;
       t.incoming_stride = incoming->stride;
@@ -144,27 +146,16 @@ class Backward : public CellPass {
   }
 
   // Gradient of a cell input from that of the state made of it. The state is stored normalised, so
-  // dy is in terms of BN(y): its own scale is 1, its shift 0.
-  void preprocess(int64_t which) {
+  // dy is in terms of BN(y). `total` as `gather` gives it.
+  void preprocess(int64_t which, const double* total) {
     const Call& call = calls_.inputs[which];
     branches(call);
     Branch& b = branches_[0];
     b.y = cell_.states[which];
     b.grad = cell_.state_grads[which];
     b.grad_stride = channels_;
-    float* scale = scales(1);
-    for (int64_t c = 0; c < channels_; ++c) scale[c] = 1.0f;
-    b.scale = scale;
-    b.shift = shifts(1);
-    double* total = sums(2);
-    b.sums = total + channels_;
     Task t = task();
     read_input(t, which);
-    Task sums_task = t;
-    sums_task.x = b.grad;
-    sums_task.x_stride = sums_task.in_channels = channels_;
-    sums_task.sums = total;
-    run(kReduce, sums_task);
     std::vector<float> coef(static_cast<size_t>(3 * channels_), 0.0f);
     const double* factor = norm_row(input_row(which));
     const double count = static_cast<double>(t.images * t.out_height * t.out_width);

@@ -53,7 +53,11 @@ class Forward : public CellPass {
     run(kFanOut, t);
     const int64_t row = input_row(which);
     if (cell_.training) remember(row, sums_.data());
-    set_norm(branches_[0], norm_row(row), scales(1), shifts(1));
+    // What leaves the state normalises it, if anything does.
+    std::vector<float>& affine = affine_[which];
+    affine.assign(static_cast<size_t>(2 * channels_), 0.0f);
+    set_norm(branches_[0], norm_row(row), affine.data(), affine.data() + channels_);
+    if (calls_.leave[which].count) return;
     t.out = cell_.states[which];
     t.out_stride = channels_;
     run(kAffine, t);
@@ -67,6 +71,10 @@ class Forward : public CellPass {
       write_sums(first);
       Task t = task();
       read_state(t, source);
+      if (source < 2) {
+        t.scale = affine_[source].data();
+        t.shift = t.scale + channels_;
+      }
       run(kFanOut, t);
       remember_all(first);
     }
@@ -108,6 +116,8 @@ class Forward : public CellPass {
     t.out_stride = out.stride;
     run(kMix, t);
   }
+
+  std::vector<float> affine_[2];  // scale and shift of both states
 };
 
 }  // namespace

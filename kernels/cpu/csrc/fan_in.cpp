@@ -1,6 +1,7 @@
 // fan_in: the gradient of one state x from every operation of every edge that leaves it.
 //   dy = coef[0] * grad + coef[1] * y + coef[2]
 //   out = incoming + (x > 0) * sum of depthwise^T(dy W) + pools + 1x1 convolutions + skips
+//   sums = sum of out, sum of out * x
 // and the weight gradients of first halves, dilated and 1x1 convolutions (recomputing their
 // depthwise output from x), and of patches. A skip gives scale * dropout(grad).
 #include "fan_in_work.h"
@@ -11,7 +12,7 @@ namespace PDARTS_VARIANT {
 
 namespace {
 
-thread_local Scratch shared_scratch, local_scratch;
+thread_local Scratch shared_scratch, sums_scratch, local_scratch;
 
 // dx = the transposed depthwise convolution of grad, added to what is there unless it is the `first`.
 template <class E, class A>
@@ -239,12 +240,13 @@ void skip_backward(const Task& t, const Branch& b, int64_t n, const Work& w) {
   }
 }
 
-// out = incoming + raw + (x > 0) * dx of image n.
+// out = incoming + raw + (x > 0) * dx of image n; total [2, Cx] += its sums unless that is null.
 template <class T>
-void write_image(const Task& t, const Sizes& s, int64_t n, const T* image, const Work& w) {
+void write_image(const Task& t, const Sizes& s, int64_t n, const T* image, const Work& w, double* total) {
   const int64_t pixels = t.in_height * t.in_width, cx = t.in_channels;
   const T* incoming = static_cast<const T*>(t.incoming);
   if (incoming) incoming += n * pixels * t.incoming_stride;
+  std::memset(w.sums, 0, static_cast<size_t>(s.sums) * sizeof(float));
   for (int64_t row = 0; row < t.in_height; ++row) {
     const int64_t first = row * t.in_width;
     write_rows(t.in_width, cx, static_cast<T*>(t.out) + (n * pixels + first) * t.out_stride, t.out_stride,
@@ -254,9 +256,17 @@ void write_image(const Task& t, const Sizes& s, int64_t n, const T* image, const
                  if (s.conv)
                    v += masked(load(w.dx.at(c / V, row, column)), load(image + p * t.x_stride + c));
                  if (incoming) v += load(incoming + p * t.incoming_stride + c);
+                 if (total) {
+                   const Vec out = as_stored<T>(v);
+                   float* sum = w.sums + column % kSumChains * 2 * cx + c;
+                   store(sum, load(sum) + out);
+                   store(sum + cx, load(sum + cx) + out * load(image + p * t.x_stride + c));
+                 }
                  return v;
                });
   }
+  if (!total) return;
+  for (int64_t chain = 0; chain < kSumChains; ++chain) add_sums(total, w.sums + chain * 2 * cx, 2 * cx);
 }
 
 // The convolution after branch i of image n, or the first one of the image after.
@@ -270,7 +280,7 @@ Next next_convolution(const Task& t, int64_t group, int64_t i, int64_t n) {
 
 template <class T>
 void image_backward(const Task& t, const Sizes& s, const Packed<T>* packed, int64_t group,
-                    int64_t n, const Work& w) {
+                    int64_t n, const Work& w, double* total) {
   const T* image = static_cast<const T*>(t.x) + n * t.in_height * t.in_width * t.x_stride;
   if (s.lone) return pointwise_image(t, packed[0], group, n, image, w);
   const auto input = [&](int64_t p, int64_t block) PDARTS_LAMBDA {
@@ -303,25 +313,31 @@ void image_backward(const Task& t, const Sizes& s, const Packed<T>* packed, int6
   }
   pools_backward(t, kMaxPool, n, image, w);
   pools_backward(t, kAvgPool, n, image, w);
-  if (t.out) write_image(t, s, n, image, w);
+  if (t.out) write_image(t, s, n, image, w, total);
 }
 
 template <class T>
 void run(const Task& t) {
   const auto* packed = prepare_backward<Operand<T>>(t, shared_scratch);
   const Sizes sizes = sizes_of<T>(t);
+  const int64_t columns = t.sums ? 2 * t.in_channels : 0;
+  sums_scratch.reset(Scratch::bytes_for<double>(t.groups * columns));
+  double* partial = sums_scratch.take<double>(t.groups * columns);
+  std::memset(partial, 0, static_cast<size_t>(t.groups * columns) * sizeof(double));
   parallel(t.threads, [&](Member& member) {
     [[maybe_unused]] Tiles tiles;
     const Work work = make_work<T>(t, sizes, local_scratch);
     pack_backward(t, packed, member);
     each(member, t.groups, 1, [&](int64_t group) {
       const Range range = group_range(t, group);
+      double* total = t.sums ? partial + group * columns : nullptr;
       for (int64_t n = range.begin; n < range.end; ++n)
-        image_backward<T>(t, sizes, packed, group, n, work);
+        image_backward<T>(t, sizes, packed, group, n, work, total);
     });
     end_streams();
     finish_backward(t, packed, member);
   });
+  if (t.sums) sum_groups(partial, t.groups, columns, columns, t.sums);
 }
 
 }  // namespace

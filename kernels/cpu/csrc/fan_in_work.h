@@ -19,6 +19,7 @@ struct Work {
   float* dy;      // a chunk
   float* a;       // a chunk
   float* factors;
+  float* sums;      // [kSumChains, 2, Cx]: of an image's out and out * x
   int32_t* places;  // of every output pixel in a channel block of grad
 #ifdef PDARTS_AMX
   DensePlanes input;  // relu(x), two rows in turns
@@ -26,8 +27,11 @@ struct Work {
 #endif
 };
 
+// Sums over the pixels of a row alternate between these.
+constexpr int64_t kSumChains = 4;
+
 struct Sizes {
-  int64_t x, dx, grad, raw, pooled, fresh, dy, a, factors;
+  int64_t x, dx, grad, raw, pooled, fresh, dy, a, factors, sums;
   int64_t padding;
   bool conv;
   bool dense;    // all convolutions are, see dense.h
@@ -66,13 +70,14 @@ PDARTS_INLINE Sizes sizes_of(const Task& t) {
   s.dy = operand_floats(chunk_pixels(t), t.channels);
   s.a = max_of(operand_floats(chunk_pixels(t), depth), pool_line_floats(t));
   s.factors = dropout_floats(s.pooled) + t.channels + V;
+  s.sums = t.sums ? kSumChains * 2 * t.in_channels : 0;
   return s;
 }
 
 template <class T>
 PDARTS_INLINE Work make_work(const Task& t, const Sizes& s, Scratch& local) {
-  const int64_t all[] = {s.x,      s.dx,    s.grad, s.raw,    s.pooled,
-                         s.fresh,  s.dy,    s.a,    s.factors};
+  const int64_t all[] = {s.x,     s.dx, s.grad, s.raw,     s.pooled,
+                         s.fresh, s.dy, s.a,    s.factors, s.sums};
   int64_t bytes = 0;
   for (const int64_t count : all) bytes += Scratch::bytes_for<float>(count);
   bytes += Scratch::bytes_for<int32_t>(t.out_height * t.out_width);
@@ -100,6 +105,7 @@ PDARTS_INLINE Work make_work(const Task& t, const Sizes& s, Scratch& local) {
   w.dy = local.take<float>(s.dy);
   w.a = local.take<float>(s.a);
   w.factors = local.take<float>(s.factors);
+  w.sums = local.take<float>(s.sums);
   std::memset(w.factors, 0, static_cast<size_t>(s.factors) * sizeof(float));
   return w;
 }

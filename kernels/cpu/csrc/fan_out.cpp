@@ -1,4 +1,5 @@
-// fan_out: from one state x, the first output of every operation of every edge that leaves it.
+// fan_out: from one state x, the first output of every operation of every edge that leaves it. A state that
+// is not normalised yet is as it is read.
 //   y = W depthwise(relu(x)),  pools of x,  1x1 convolutions of relu(x),  a convolution of patches
 // mid: the second half of separable convolutions, input v = relu(input * scale + shift).
 //   y = W depthwise(v)
@@ -277,6 +278,16 @@ PDARTS_INLINE void fill_input(const Task& t, const Work<T>& w, const Branch* b, 
   if (w.plane.data) fill(w.plane, t.channels / V, f);
 }
 
+// Image n = image * scale + shift, in place.
+template <class T>
+PDARTS_SHARED void normalise(const Task& t, int64_t n) {
+  const int64_t pixels = t.in_height * t.in_width, channels = t.in_channels;
+  T* image = static_cast<T*>(const_cast<void*>(t.x)) + n * pixels * t.x_stride;
+  for (int64_t p = 0; p < pixels; ++p, image += t.x_stride)
+    for (int64_t c = 0; c < channels; c += V)
+      store(image + c, load(image + c) * load(t.scale + c) + load(t.shift + c));
+}
+
 // `second` is mid: every branch has an input of its own.
 template <class T>
 void run(const Task& t, bool second) {
@@ -294,6 +305,7 @@ void run(const Task& t, bool second) {
       const Range range = group_range(t, g);
       for (int64_t n = range.begin; n < range.end; ++n) {
         const T* image = static_cast<const T*>(t.x) + n * pixels * t.x_stride;
+        if (t.scale) normalise<T>(t, n);
         if (!second)
           fill_input(t, work, nullptr, [&](int64_t p, int64_t block) PDARTS_LAMBDA {
             return relu(load(image + p * t.x_stride + block * V));

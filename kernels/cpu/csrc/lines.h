@@ -75,7 +75,7 @@ constexpr int kLineChains = 2;
 template <class F>
 PDARTS_INLINE void write_rows(int64_t pixels, int64_t channels, BFloat* out, int64_t stride, bool past,
                               F value) {
-  past &= stride == channels && can_stream_lines(out, channels);
+  past &= can_stream_lines(out, channels) && (stride == channels || (channels > V && stride % (2 * V) == 0));
   const auto write = [&](const Lines& lines, auto vectors) PDARTS_LAMBDA {
     constexpr int N = vectors.value;
     for (int64_t i = 0; i < lines.count; ++i) {

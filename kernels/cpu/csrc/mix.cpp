@@ -2,6 +2,7 @@
 //   out = shift + sum over branches of scale * y, or scale * dropout(x) for a skip
 // affine: out = x * scale + shift, in place, for the cell's normalised inputs.
 #include "dropout.h"
+#include "lines.h"
 #include "operand.h"
 #include "parallel.h"
 #include "primitives.h"
@@ -46,11 +47,11 @@ PDARTS_INLINE void add_branches(const Task& t, const Branch* const* branches, in
   const int64_t channels = t.channels, pixels = (end - begin) * t.out_width;
   Entering<T> from[N];
   for (int i = 0; i < N; ++i) from[i] = entering<T>(t, *branches[i], n, begin);
-  for (int64_t c = 0; c < channels; c += V) {
+  in_windows(pixels, channels, [&](int64_t first, int64_t last, int64_t c) PDARTS_LAMBDA {
     Vec scale[N];
     PDARTS_UNROLL
     for (int i = 0; i < N; ++i) scale[i] = load(branches[i]->scale + c);
-    for (int64_t p = 0; p < pixels; ++p) {
+    for (int64_t p = first; p < last; ++p) {
       float* o = total + p * channels + c;
       Vec sum = load(o);
       PDARTS_UNROLL
@@ -60,7 +61,7 @@ PDARTS_INLINE void add_branches(const Task& t, const Branch* const* branches, in
       }
       store(o, sum);
     }
-  }
+  });
 }
 
 // total [pixels, C] += a skip with dropout, rows [begin, end) of image n.
@@ -97,6 +98,8 @@ void run_mix(const Task& t) {
   const int64_t channels = t.channels, width = t.out_width;
   const int64_t rows = rows_per_run(t, kRun), run = rows * width;
   const int64_t runs = (t.out_height + rows - 1) / rows;
+  // The other nodes of an output lie between two pixels of this one.
+  const bool whole_lines = channels * static_cast<int64_t>(sizeof(T)) % 64 == 0;
   const Entrants all(t, shared_scratch);
   parallel(t.threads, [&](Member& member) {
     Scratch& local = local_scratch;
@@ -119,10 +122,10 @@ void run_mix(const Task& t) {
         add_plain<count.value, T>(t, some, n, begin, end, total);
       });
       T* out = static_cast<T*>(t.out) + first * t.out_stride;
-      for (int64_t p = 0; p < pixels; ++p)
-        for (int64_t c = 0; c < channels; c += V)
-          store(out + p * t.out_stride + c, load(total + p * channels + c));
+      write_rows(pixels, channels, out, t.out_stride, whole_lines,
+                 [&](int64_t p, int64_t c) PDARTS_LAMBDA { return load(total + p * channels + c); });
     });
+    end_streams();
   });
 }
 

@@ -11,6 +11,9 @@ namespace PDARTS_VARIANT {
 // in common is loaded once.
 constexpr int kTogether = kManyRegisters ? 8 : 2;
 
+// Numbers of an operand that are read before the next ones.
+constexpr int64_t kWindowNumbers = 512;
+
 // Rows of one image: pixel p begins at data + p * stride.
 template <class T>
 struct Entering {
@@ -113,6 +116,17 @@ struct Entrants {
     pools.add(some);
   }
 };
+
+// f(first pixel, last, channel block): pixels in windows, and within one, block by block. Memory arrives
+// faster in its order than with a block's lines of a long run first.
+template <class F>
+PDARTS_INLINE void in_windows(int64_t pixels, int64_t channels, F f) {
+  const int64_t window = channels == V ? pixels : max_of(kWindowNumbers / channels, 2);
+  for (int64_t first = 0; first < pixels; first += window) {
+    const int64_t last = min_of(first + window, pixels);
+    for (int64_t c = 0; c < channels; c += V) f(first, last, c);
+  }
+}
 
 // f(first of some plain branches, Int<how many>) for all of them: as many at a time as fit.
 template <int N = kTogether, class F>

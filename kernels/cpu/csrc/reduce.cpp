@@ -19,6 +19,9 @@ thread_local Scratch shared_scratch, entrants_scratch, local_scratch;
 // Floats of the gradient that are used for all branches while they are in cache.
 constexpr int64_t kRun = 4096;
 
+// Sums that a branch that is read as it is alternates between.
+constexpr int kChains = 2;
+
 // total[i] += sum of chains[.][i].
 template <int N>
 PDARTS_INLINE void add_chains(const Vec (&chains)[N], double* total) {
@@ -77,20 +80,25 @@ PDARTS_SHARED void pool_sums(const Task& t, const Pools& pools, const T* g, int6
 // N branches that are read as they are; arguments as for a pool.
 template <int N, class T>
 PDARTS_SHARED void plain_sums(const Task& t, const Branch* const* branches, const T* g, int64_t n,
-                              int64_t begin, int64_t end, double* total) {
-  constexpr int kChains = 2;
+                              int64_t begin, int64_t end, float* room, double* total) {
   const int64_t pixels = (end - begin) * t.out_width;
   Entering<T> from[N];
   for (int i = 0; i < N; ++i) from[i] = entering<T>(t, *branches[i], n, begin);
-  for (int64_t c = 0; c < t.channels; c += V) {
-    Vec scale[N], shift[N], sum[N][kChains] = {};
+  const int64_t channels = t.channels, blocks = channels / V;
+  for (int64_t i = 0; i < blocks * N * kChains; ++i) store(room + i * V, Vec{});
+  in_windows(pixels, channels, [&](int64_t first, int64_t last, int64_t c) PDARTS_LAMBDA {
+    float* sums = room + c * N * kChains;
+    Vec scale[N], shift[N], sum[N][kChains];
     PDARTS_UNROLL
     for (int i = 0; i < N; ++i) {
       const bool skip = branches[i]->kind == kSkip;
       scale[i] = skip ? broadcast(1.0f) : load(branches[i]->scale + c);
       shift[i] = skip ? Vec{} : load(branches[i]->shift + c);
+      PDARTS_UNROLL
+      for (int k = 0; k < kChains; ++k) sum[i][k] = load(sums + (i * kChains + k) * V);
     }
-    const auto add = [&](int64_t p, int chain) PDARTS_LAMBDA {
+    const auto add = [&](int64_t j, int chain) PDARTS_LAMBDA {
+      const int64_t p = first + j;
       const Vec grad = load(g + p * t.x_stride + c);
       PDARTS_UNROLL
       for (int i = 0; i < N; ++i) {
@@ -99,9 +107,20 @@ PDARTS_SHARED void plain_sums(const Task& t, const Branch* const* branches, cons
         sum[i][chain] += grad * (y * scale[i] + shift[i]);
       }
     };
-    in_chains<kChains>(pixels, add);
-    for (int i = 0; i < N; ++i) add_chains(sum[i], place_of(t, branches[i], total) + c);
-  }
+    in_chains<kChains>(last - first, add);
+    PDARTS_UNROLL
+    for (int i = 0; i < N; ++i) {
+      PDARTS_UNROLL
+      for (int k = 0; k < kChains; ++k) store(sums + (i * kChains + k) * V, sum[i][k]);
+    }
+  });
+  for (int64_t c = 0; c < channels; c += V)
+    for (int i = 0; i < N; ++i) {
+      Vec sum[kChains];
+      PDARTS_UNROLL
+      for (int k = 0; k < kChains; ++k) sum[k] = load(room + c * N * kChains + (i * kChains + k) * V);
+      add_chains(sum, place_of(t, branches[i], total) + c);
+    }
 }
 
 // A skip with dropout.
@@ -134,7 +153,7 @@ PDARTS_SHARED void dropped_sums(const Task& t, const Branch& b, const T* g, int6
 // total [branches + 1, C] += sums of rows [begin, end) of image n.
 template <class T>
 void run_sums(const Task& t, const Entrants& all, int64_t n, int64_t begin, int64_t end,
-              float* factors, double* total) {
+              float* factors, float* chains, double* total) {
   const T* g =
       static_cast<const T*>(t.x) + (n * t.out_height + begin) * t.out_width * t.x_stride;
   add_sum((end - begin) * t.out_width, t.channels, total, [&](int64_t p, int64_t c) PDARTS_LAMBDA {
@@ -147,7 +166,7 @@ void run_sums(const Task& t, const Entrants& all, int64_t n, int64_t begin, int6
   for (const Branch* b : all.dropped)
     dropped_sums(t, *b, g, n, begin, end, factors, place_of(t, b, total));
   together(all, [&](const Branch* const* some, auto count) {
-    plain_sums<count.value>(t, some, g, n, begin, end, total);
+    plain_sums<count.value>(t, some, g, n, begin, end, chains, total);
   });
 }
 
@@ -164,15 +183,17 @@ void run(const Task& t) {
   parallel(t.threads, [&](Member& member) {
     Scratch& local = local_scratch;
     const int64_t factor_floats = dropout_floats(step * channels) + channels + V;
-    local.reset(Scratch::bytes_for<float>(factor_floats));
+    const int64_t chain_floats = kTogether * kChains * channels;
+    local.reset(Scratch::bytes_for<float>(factor_floats) + Scratch::bytes_for<float>(chain_floats));
     float* factors = local.take<float>(factor_floats);
+    float* chains = local.take<float>(chain_floats);
     std::memset(factors, 0, static_cast<size_t>(factor_floats) * sizeof(float));
     each(member, t.groups, 1, [&](int64_t group) {
       const Range range = group_range(t, group);
       double* total = partial + group * columns;
       for (int64_t n = range.begin; n < range.end; ++n)
         for (int64_t begin = 0; begin < t.out_height; begin += rows)
-          run_sums<T>(t, all, n, begin, min_of(begin + rows, t.out_height), factors, total);
+          run_sums<T>(t, all, n, begin, min_of(begin + rows, t.out_height), factors, chains, total);
     });
   });
   for (int64_t i = 0; i <= t.num_branches; ++i)
