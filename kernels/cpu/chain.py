@@ -72,7 +72,8 @@ class Geometry:
         blocks: Elements of the block that every cell keeps.
         outputs: Shape of every cell's output.
         norm_rows: Doubles of all normalisations.
-        room: Elements of the room of a backward pass.
+        room: Elements of the room of a cell's backward pass.
+        first_state: Elements of room for the largest first state.
         weights: Numbers in all gradients of weights.
         alphas: Numbers in a cell's gradient of alphas.
         passes: Backward passes so far.
@@ -86,7 +87,7 @@ class Geometry:
         self._held: list[object] = []
         tasks = (abi.CellTask * len(keys))()
         moves = (abi.RunningTask * len(keys))()
-        blocks, rooms = [], []
+        blocks, rooms, firsts = [], [], []
         before = last = shape
         for plan, task, move in zip(self._plans, tasks, moves, strict=True):
             inputs = (before, last)
@@ -108,7 +109,8 @@ class Geometry:
             counts = [stored * of_node, -(-bits // (8 * dtype.itemsize)), plan.steps * of_node]
             blocks.append([*map(math.prod, states), *counts])
             halves = cell_calls.of(plan.key).num_halves
-            rooms.append([(plan.steps - 1) * of_node, halves * of_node, *map(math.prod, states)])
+            rooms.append([(plan.steps - 1) * of_node, halves * of_node, math.prod(states[1])])
+            firsts.append(math.prod(states[0]))
             slots, factors = unbiased(plan.key, of_node // plan.channels, math.prod(last[:3]))
             self._held.append((slots, factors))
             move.norms, move.channels, move.padded = len(plan.norms), plan.channels, plan.channels
@@ -126,6 +128,7 @@ class Geometry:
         self._in_block = self._bytes([places_in_room(counts)[0] for counts in blocks])
         self.room = max(places_in_room(counts)[1] for counts in rooms)
         self._in_room = self._bytes([places_in_room(counts)[0] for counts in rooms])
+        _, self.first_state = places_in_room([max(firsts)])
         self.largest = max(map(math.prod, self.outputs))
         norms = [(plan.num_slots + 2) * 2 * plan.channels for plan in self._plans]
         self.norm_rows, self._first_norm = self._doubles(norms)
@@ -208,6 +211,7 @@ class Geometry:
         grad_weights: Tensor | None,
         outputs: Tensor,
         room: Tensor,
+        firsts: Tensor,
     ) -> None:
         """What a backward pass reads and writes.
 
@@ -218,6 +222,8 @@ class Geometry:
             grad_weights: ``[weights]``, or None.
             outputs: Room for the gradients of a few outputs, ``[_LIVE, largest]``.
             room: Room for everything else.
+            firsts: Room for the gradients of two cells' first states: that of a cell is read when
+                the one in front of it has that of its second one, ``[2, first_state]``.
         """
         cells = len(self._plans)
         base, step = outputs.data_ptr(), outputs.stride(0) * self._itemsize
@@ -231,7 +237,8 @@ class Geometry:
         # there already; the first cell's two inputs are one array.
         table.set("adds", [1, *[0] * (cells - 1)], 0)
         table.set("adds", [*[1] * (cells - 1), 0], 1)
-        node_grads, half_grads, state0, state1 = (room.data_ptr() + x for x in self._in_room)
+        node_grads, half_grads, state1 = (room.data_ptr() + x for x in self._in_room)
+        state0 = firsts.data_ptr() + np.arange(cells) % 2 * (firsts.stride(0) * self._itemsize)
         table.set("node_grads", node_grads)
         table.set("half_grads", half_grads)
         if grad_input is None and grad_weights is None:
@@ -318,9 +325,11 @@ class CompiledChain:
         grad_input = pool.empty(tuple(kept.rows.shape), dtype) if want_input else None
         outputs = pool.empty((_LIVE, where.largest), dtype)
         room = pool.empty((where.room,), dtype)
-        where.add_gradients(table, grad, grad_input, grad_alphas, grad_weights, outputs, room)
+        firsts = pool.empty((2, where.first_state), dtype)
+        rooms = outputs, room, firsts
+        where.add_gradients(table, grad, grad_input, grad_alphas, grad_weights, *rooms)
         self._run(table, backward=True)
-        del outputs, room, doubles, addresses
+        del outputs, room, firsts, rooms, doubles, addresses
         where.passes += 1
         if where.passes == _SETTLED:
             collapse_small_pages()

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("compiled")
 CHANNELS, CLASSES = 16, 10
 
 
-def network(layers: int = 5, live: int = 4, p: float = 0.3, **kwargs: Any) -> Network:
+def network(layers: int = 8, live: int = 4, p: float = 0.3, **kwargs: Any) -> Network:
     """A supernet on backend ``cpu`` with ``live`` random operations an edge."""
     torch.manual_seed(0)
     np.random.seed(0)
@@ -84,7 +84,7 @@ def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "amp"])
 @pytest.mark.parametrize("live", [8, 3], ids=lambda live: f"{live}-ops")
-@pytest.mark.parametrize("layers", [3, 5], ids=lambda layers: f"{layers}-cells")
+@pytest.mark.parametrize("layers", [3, 5, 8], ids=lambda layers: f"{layers}-cells")
 def test_is_the_cells_bit_for_bit(
     layers: int, live: int, amp: bool, ways: list[bool], one_by_one: Callable[[], None]
 ) -> None:
@@ -233,7 +233,7 @@ def test_follows_what_becomes_of_the_modules(
 
 
 def test_a_cell_with_a_dropout_of_its_own_keeps_it(ways: list[bool]) -> None:
-    net = network()
+    net = network(layers=5)
     step(net, *batch())
     net.cells[2] = copy.deepcopy(net.cells[2])
     step(net, *batch())

@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "abi.h"
@@ -83,6 +84,13 @@ class CellPass {
     t.num_branches = static_cast<int64_t>(branches_.size());
     t.branches = branches_.data();
     variant_.primitives[primitive](t);
+  }
+
+  // The 1x1 convolution in front of input `which`, or what stands there instead.
+  Branch input_branch(int64_t which) {
+    branches(calls_.inputs[which]);
+    branches_[0].y = cell_.states[which];
+    return branches_[0];
   }
 
   // Fills branches_ with all of a call that does not depend on the primitive.
@@ -183,7 +191,12 @@ class CellPass {
   std::vector<float> scales_, shifts_;
 };
 
-void cell_forward(const CellTask& cell, const Variant& variant);
-void cell_backward(const CellTask& cell, const Variant& variant);
+// Whether an output is read by 1x1 convolutions to as many channels in front of both cells that it enters,
+// `cell` and the one behind it. It is then read once, and its gradient written once, for both.
+bool share_input(const CellTask& cell, const CellTask& behind);
+
+// Passes of cells that follow one another, the backward one from the last on.
+void cells_forward(const CellTask* cells, int64_t count, const Variant& variant);
+void cells_backward(const CellTask* cells, int64_t count, const Variant& variant);
 
 }  // namespace pdarts

@@ -1,4 +1,6 @@
-// Backward pass of a cell: ../../cell_backward.py in C++, where the steps are explained.
+// Backward pass of cells: ../../cell_backward.py in C++, where the steps are explained, with less to read and
+// write: the sums over a state of an input are those of `fan_in`, and the gradient of an output that two
+// cells read in the same way is written once.
 #include "cell.h"
 
 namespace pdarts {
@@ -11,7 +13,9 @@ class Backward : public CellPass {
       : CellPass(cell, variant),
         coef_(static_cast<size_t>(cell.calls->alphas * 3 * cell.channels), 0.0f) {}
 
-  void run_cell() {
+  // `behind` is the next cell if it shares an input with this one; `shares` if this one does with that in
+  // front of it.
+  void run_cell(Backward* behind, bool shares) {
     for (int64_t node = 0; node < calls_.steps; ++node)
       grads_.push_back({offset(cell_.grad, node * channels_), calls_.steps * channels_});
     std::memset(cell_.grad_alphas, 0, static_cast<size_t>(calls_.alphas) * sizeof(double));
@@ -27,7 +31,9 @@ class Backward : public CellPass {
       if (!cell_.state_grads[which]) continue;
       double* total = sums(2);
       gather(which, nullptr, {cell_.state_grads[which], channels_}, total);
-      preprocess(which, total);
+      const Branch b = preprocessing(which, total);
+      if (which == 0 && shares) first_ = b;
+      else preprocess(which, b, which == 1 ? behind : nullptr);
     }
   }
 
@@ -145,20 +151,17 @@ class Backward : public CellPass {
     run(kFanIn, t);
   }
 
-  // Gradient of a cell input from that of the state made of it. The state is stored normalised, so
-  // dy is in terms of BN(y). `total` as `gather` gives it.
-  void preprocess(int64_t which, const double* total) {
-    const Call& call = calls_.inputs[which];
-    branches(call);
-    Branch& b = branches_[0];
-    b.y = cell_.states[which];
+  // What is in front of an input, with dy. The state is stored normalised, so dy is in terms of BN(y). `total`
+  // as `gather` gives it.
+  Branch preprocessing(int64_t which, const double* total) {
+    Branch b = input_branch(which);
     b.grad = cell_.state_grads[which];
     b.grad_stride = channels_;
-    Task t = task();
-    read_input(t, which);
-    std::vector<float> coef(static_cast<size_t>(3 * channels_), 0.0f);
+    std::vector<float>& coef = input_coef_[which];
+    coef.assign(static_cast<size_t>(3 * channels_), 0.0f);
     const double* factor = norm_row(input_row(which));
-    const double count = static_cast<double>(t.images * t.out_height * t.out_width);
+    const double count =
+        static_cast<double>(cell_.images * cell_.state_height[which] * cell_.state_width[which]);
     for (int64_t c = 0; c < channels_; ++c) {
       coef[c] = static_cast<float>(factor[c]);
       if (!cell_.training) continue;
@@ -166,9 +169,18 @@ class Backward : public CellPass {
       coef[2 * channels_ + c] = static_cast<float>(-factor[c] * (total[c] / count));
     }
     b.coef = b.scale = coef.data();
+    return b;
+  }
+
+  // Gradient of an input, from its state's and from that of the cell behind, if it shares the input.
+  void preprocess(int64_t which, const Branch& b, const Backward* behind) {
+    branches_ = {b};
+    if (behind) branches_.push_back(behind->first_);
+    Task t = task();
+    read_input(t, which);
     t.out = cell_.grad_inputs[which];
     t.out_stride = t.in_channels;
-    if (cell_.adds[which]) {
+    if (cell_.adds[which] && !behind) {
       t.incoming = t.out;
       t.incoming_stride = t.out_stride;
     }
@@ -176,13 +188,21 @@ class Backward : public CellPass {
   }
 
   std::vector<float> coef_;
+  std::vector<float> input_coef_[2];
+  Branch first_{};  // what is in front of input 0, for the cell in front
   std::vector<Rows> grads_;
 };
 
 }  // namespace
 
-void cell_backward(const CellTask& cell, const Variant& variant) {
-  Backward(cell, variant).run_cell();
+void cells_backward(const CellTask* cells, int64_t count, const Variant& variant) {
+  std::unique_ptr<Backward> behind;
+  for (int64_t i = count - 1; i >= 0; --i) {
+    auto cell = std::make_unique<Backward>(cells[i], variant);
+    const bool with_behind = behind && share_input(cells[i], cells[i + 1]);
+    cell->run_cell(with_behind ? behind.get() : nullptr, i > 0 && share_input(cells[i - 1], cells[i]));
+    behind = std::move(cell);
+  }
 }
 
 }  // namespace pdarts

@@ -1,4 +1,6 @@
-// Forward pass of a cell: ../../cell_forward.py in C++, where the steps are explained.
+// Forward pass of cells: ../../cell_forward.py in C++, where the steps are explained, with less to read and
+// write: what leaves a state of an input normalises it, and a convolution in front of the next cell is
+// computed with one of this cell that reads the same.
 #include "cell.h"
 
 namespace pdarts {
@@ -9,8 +11,10 @@ class Forward : public CellPass {
  public:
   using CellPass::CellPass;
 
-  void run_cell() {
-    for (int64_t which = 0; which < 2; ++which) preprocess(which);
+  // `behind` is the next cell if it shares an input with this one.
+  void run_cell(Forward* behind) {
+    if (!has_first_) preprocess(0, nullptr);
+    preprocess(1, behind);
     for (int64_t source = 0; source < calls_.steps + 2; ++source) {
       if (source >= 2) mix(source - 2);
       if (source <= calls_.steps) leave(source);
@@ -43,21 +47,35 @@ class Forward : public CellPass {
     }
   }
 
-  void preprocess(int64_t which) {
-    const Call& call = calls_.inputs[which];
-    branches(call);
-    branches_[0].y = cell_.states[which];
-    write_sums(call);
+  void preprocess(int64_t which, Forward* behind) {
+    branches_ = {input_branch(which)};
+    if (behind) branches_.push_back(behind->input_branch(0));
+    double* found = sums(2 * static_cast<int64_t>(branches_.size()));
+    for (size_t i = 0; i < branches_.size(); ++i) branches_[i].sums = found + i * 2 * channels_;
     Task t = task();
     read_input(t, which);
     run(kFanOut, t);
+    if (behind) {
+      behind->keep_norm(0, found + 2 * channels_);
+      behind->has_first_ = true;
+    }
+    keep_norm(which, found);
+  }
+
+  // The normalisation of an input, from mean and variance of its convolution.
+  void keep_norm(int64_t which, const double* moments) {
     const int64_t row = input_row(which);
-    if (cell_.training) remember(row, sums_.data());
-    // What leaves the state normalises it, if anything does.
+    if (cell_.training) remember(row, moments);
+    Branch b{};
     std::vector<float>& affine = affine_[which];
     affine.assign(static_cast<size_t>(2 * channels_), 0.0f);
-    set_norm(branches_[0], norm_row(row), affine.data(), affine.data() + channels_);
+    set_norm(b, norm_row(row), affine.data(), affine.data() + channels_);
+    // What leaves the state normalises it, if anything does.
     if (calls_.leave[which].count) return;
+    branches_ = {b};
+    Task t = task();
+    t.out_height = cell_.state_height[which];
+    t.out_width = cell_.state_width[which];
     t.out = cell_.states[which];
     t.out_stride = channels_;
     run(kAffine, t);
@@ -118,12 +136,28 @@ class Forward : public CellPass {
   }
 
   std::vector<float> affine_[2];  // scale and shift of both states
+  bool has_first_ = false;        // the cell in front has computed input 0
 };
 
 }  // namespace
 
-void cell_forward(const CellTask& cell, const Variant& variant) {
-  Forward(cell, variant).run_cell();
+bool share_input(const CellTask& cell, const CellTask& behind) {
+  const auto is_pointwise = [](const CellTask& of, int64_t which) {
+    return of.calls->inputs[which].items[0].kind == kPointwise;
+  };
+  // Inputs of the first cell are one array, whose gradient has three parts.
+  return cell.inputs[1] == behind.inputs[0] && cell.inputs[0] != cell.inputs[1] &&
+         cell.channels == behind.channels && is_pointwise(cell, 1) && is_pointwise(behind, 0);
+}
+
+void cells_forward(const CellTask* cells, int64_t count, const Variant& variant) {
+  auto cell = std::make_unique<Forward>(cells[0], variant);
+  for (int64_t i = 0; i < count; ++i) {
+    std::unique_ptr<Forward> behind;
+    if (i + 1 < count) behind = std::make_unique<Forward>(cells[i + 1], variant);
+    cell->run_cell(behind && share_input(cells[i], cells[i + 1]) ? behind.get() : nullptr);
+    cell = std::move(behind);
+  }
 }
 
 }  // namespace pdarts

@@ -140,12 +140,7 @@ int64_t pdarts_run_cells(int64_t index, int64_t backward, const pdarts::CellTask
   } pass{*entries[index].variant, cells, count, backward};
   const auto run = [](void* data) {
     const Pass& p = *static_cast<Pass*>(data);
-    for (int64_t i = 0; i < p.count; ++i) {
-      if (p.backward)
-        pdarts::cell_backward(p.cells[p.count - 1 - i], p.variant);
-      else
-        pdarts::cell_forward(p.cells[i], p.variant);
-    }
+    (p.backward ? pdarts::cells_backward : pdarts::cells_forward)(p.cells, p.count, p.variant);
   };
   if (count > 0) pdarts::with_team(cells[0].threads, run, &pass);
   return 0;

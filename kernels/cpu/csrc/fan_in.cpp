@@ -124,35 +124,54 @@ void gathered_backward(const Task& t, const Branch& b, const Packed<T>& packed, 
   gathered_weights(t, b, packed, group, n, image, begin, end, w);
 }
 
-// Image n where one product is all there is, as in front of a cell: no sum to keep but what comes in. Of
-// patches the weight gradient alone.
+// Image n where one product is all there is, as in front of a cell, or two of the same x: no sum to keep but
+// what comes in. Of patches the weight gradient alone.
 template <class T>
-void pointwise_image(const Task& t, const Packed<T>& packed, int64_t group, int64_t n,
+void pointwise_image(const Task& t, const Packed<T>* packed, int64_t group, int64_t n,
                      const T* image, const Work& w) {
-  const Branch& b = t.branches[0];
   const int64_t width = t.out_width, rows = rows_per_chunk(t), cx = t.in_channels;
+  const int64_t dy_step = operand_floats(chunk_pixels(t), t.channels);
+  const bool two = t.num_branches == 2;
   for (int64_t begin = 0; begin < t.out_height; begin += rows) {
     const int64_t end = min_of(t.out_height, begin + rows), pixels = (end - begin) * width;
     const int64_t first = n * t.out_height * width + begin * width;
-    output_gradient<T>(t, b, first, pixels, operands<T>(w.dy));
+    for (int64_t i = 0; i < t.num_branches; ++i) {
+      Operand<T>* dy = operands<T>(w.dy + i * dy_step);
+      output_gradient<T>(t, t.branches[i], first, pixels, dy);
+      if (t.out)
+        product_rows(dy, t.channels, pixels, t.channels, packed[i].pointwise, cx, i ? w.second : w.a,
+                     NothingAhead{});
+    }
     if (t.out) {
       const T* x = image + begin * width * t.x_stride;
       const T* incoming = static_cast<const T*>(t.incoming);
       if (incoming) incoming += first * t.incoming_stride;
       const Ahead next_x = Ahead::of(x + pixels * t.x_stride, t.x_stride);
-      const GradientAhead next = gradient_ahead<T>(t, b, first + pixels);
-      product_rows(operands<T>(w.dy), t.channels, pixels, t.channels, packed.pointwise, cx, w.a,
-                   NothingAhead{});
+      const GradientAhead next = gradient_ahead<T>(t, t.branches[0], first + pixels);
+      const GradientAhead second = gradient_ahead<T>(t, t.branches[t.num_branches - 1], first + pixels);
       write_rows(pixels, cx, static_cast<T*>(t.out) + first * t.out_stride, t.out_stride, !incoming,
                  [&](int64_t p, int64_t c) PDARTS_LAMBDA {
                    next_x.ask(p, c / V);
-                   if (c < t.channels) next.ask(p, c / V);
-                   const Vec dx = masked(load(w.a + p * cx + c), load(x + p * t.x_stride + c));
-                   // As if it had been stored and added.
-                   return incoming ? as_stored<T>(dx) + load(incoming + p * t.incoming_stride + c) : dx;
+                   if (c < t.channels) {
+                     next.ask(p, c / V);
+                     if (two) second.ask(p, c / V);
+                   }
+                   const Vec by = load(x + p * t.x_stride + c);
+                   Vec dx = masked(load(w.a + p * cx + c), by);
+                   // As if they had been stored and added.
+                   if (incoming || two) dx = as_stored<T>(dx);
+                   if (two) dx += as_stored<T>(masked(load(w.second + p * cx + c), by));
+                   return incoming ? dx + load(incoming + p * t.incoming_stride + c) : dx;
                  });
     }
-    gathered_weights(t, b, packed, group, n, image, begin, end, w);
+    if (!packed[0].grad_pointwise) continue;
+    Operand<T>* a = operands<T>(w.a);
+    const int64_t depth = product_depth(t, t.branches[0]);
+    gather(t, t.branches[0], image, begin, end, a);
+    const auto* right = right_side(a, pixels, depth);
+    for (int64_t i = 0; i < t.num_branches; ++i)
+      outer(left_side(operands<T>(w.dy + i * dy_step), pixels, t.channels), t.channels, right, depth, pixels,
+            group_pointwise(t, t.branches[i], packed[i], group), begins_group(t, group, n, begin));
   }
 }
 
@@ -282,7 +301,7 @@ template <class T>
 void image_backward(const Task& t, const Sizes& s, const Packed<T>* packed, int64_t group,
                     int64_t n, const Work& w, double* total) {
   const T* image = static_cast<const T*>(t.x) + n * t.in_height * t.in_width * t.x_stride;
-  if (s.lone) return pointwise_image(t, packed[0], group, n, image, w);
+  if (s.lone) return pointwise_image(t, packed, group, n, image, w);
   const auto input = [&](int64_t p, int64_t block) PDARTS_LAMBDA {
     return relu(load(image + p * t.x_stride + block * V));
   };
@@ -323,7 +342,7 @@ void run(const Task& t) {
   const int64_t columns = t.sums ? 2 * t.in_channels : 0;
   sums_scratch.reset(Scratch::bytes_for<double>(t.groups * columns));
   double* partial = sums_scratch.take<double>(t.groups * columns);
-  std::memset(partial, 0, static_cast<size_t>(t.groups * columns) * sizeof(double));
+  if (t.sums) std::memset(partial, 0, static_cast<size_t>(t.groups * columns) * sizeof(double));
   parallel(t.threads, [&](Member& member) {
     [[maybe_unused]] Tiles tiles;
     const Work work = make_work<T>(t, sizes, local_scratch);

@@ -16,8 +16,9 @@ struct Work {
   float* raw;     // [in pixels, Cx]: gradient of x itself
   float* pooled;  // [out pixels, C]: gradient of one kind of pool
   float* fresh;   // [out pixels, C] storage: a pool computed anew
-  float* dy;      // a chunk
+  float* dy;      // a chunk; two where two products are all there is
   float* a;       // a chunk
+  float* second;  // a chunk of the second one of those
   float* factors;
   float* sums;      // [kSumChains, 2, Cx]: of an image's out and out * x
   int32_t* places;  // of every output pixel in a channel block of grad
@@ -31,13 +32,13 @@ struct Work {
 constexpr int64_t kSumChains = 4;
 
 struct Sizes {
-  int64_t x, dx, grad, raw, pooled, fresh, dy, a, factors, sums;
+  int64_t x, dx, grad, raw, pooled, fresh, dy, a, second, factors, sums;
   int64_t padding;
   bool conv;
   bool dense;    // all convolutions are, see dense.h
   bool weights;  // their gradients are wanted
   bool strided;  // a convolution of stride 2: it does not reach every pixel
-  bool lone;  // one convolution that is a single product, and nothing else
+  bool lone;  // one convolution that is a single product, or two of the same pixels, and nothing else
 };
 
 template <class T>
@@ -62,13 +63,16 @@ PDARTS_INLINE Sizes sizes_of(const Task& t) {
   else if (s.conv) s.dx = Plane::floats(t.in_height, t.in_width, s.padding, blocks);
   if (s.conv && !s.dense) s.x = s.dx;
   if (s.conv && !s.dense) s.grad = Plane::floats(t.out_height, t.out_width, s.padding, blocks);
-  s.lone = t.num_branches == 1 &&
-           (t.branches[0].kind == kPointwise || t.branches[0].kind == kPatches);
+  const auto is_pointwise = [&](int64_t i) { return t.branches[i].kind == kPointwise; };
+  s.lone = t.num_branches == 1   ? is_pointwise(0) || t.branches[0].kind == kPatches
+           : t.num_branches == 2 ? is_pointwise(0) && is_pointwise(1)
+                                 : false;
   others &= !s.lone;
   s.raw = others ? t.in_height * t.in_width * t.in_channels : 0;
   s.pooled = others ? out_pixels * t.channels : 0;
-  s.dy = operand_floats(chunk_pixels(t), t.channels);
+  s.dy = (s.lone ? t.num_branches : 1) * operand_floats(chunk_pixels(t), t.channels);
   s.a = max_of(operand_floats(chunk_pixels(t), depth), pool_line_floats(t));
+  s.second = s.lone && t.num_branches == 2 ? operand_floats(chunk_pixels(t), t.in_channels) : 0;
   s.factors = dropout_floats(s.pooled) + t.channels + V;
   s.sums = t.sums ? kSumChains * 2 * t.in_channels : 0;
   return s;
@@ -76,8 +80,8 @@ PDARTS_INLINE Sizes sizes_of(const Task& t) {
 
 template <class T>
 PDARTS_INLINE Work make_work(const Task& t, const Sizes& s, Scratch& local) {
-  const int64_t all[] = {s.x,     s.dx, s.grad, s.raw,     s.pooled,
-                         s.fresh, s.dy, s.a,    s.factors, s.sums};
+  const int64_t all[] = {s.x,  s.dx, s.grad,   s.raw,     s.pooled, s.fresh,
+                         s.dy, s.a,  s.second, s.factors, s.sums};
   int64_t bytes = 0;
   for (const int64_t count : all) bytes += Scratch::bytes_for<float>(count);
   bytes += Scratch::bytes_for<int32_t>(t.out_height * t.out_width);
@@ -104,6 +108,7 @@ PDARTS_INLINE Work make_work(const Task& t, const Sizes& s, Scratch& local) {
   w.fresh = local.take<float>(s.fresh);
   w.dy = local.take<float>(s.dy);
   w.a = local.take<float>(s.a);
+  w.second = local.take<float>(s.second);
   w.factors = local.take<float>(s.factors);
   w.sums = local.take<float>(s.sums);
   std::memset(w.factors, 0, static_cast<size_t>(s.factors) * sizeof(float));

@@ -53,6 +53,25 @@ PDARTS_SHARED void gather_patches(const Task& t, const Branch& b, const T* image
     }
 }
 
+// to [count] = relu(from) of a pixel.
+template <class T, class E>
+PDARTS_INLINE void copy_rectified(const T* from, int64_t count, E* to) {
+  for (int64_t c = 0; c < count; c += V) store(to + c, relu(load(from + c)));
+}
+
+#ifdef PDARTS_BF16
+// Two vectors at a time as they are stored: without a sign, or above minus infinity, which NaN is.
+PDARTS_INLINE void copy_rectified(const BFloat* from, int64_t count, BFloat* to) {
+  const __m512i minus_infinity = _mm512_set1_epi16(static_cast<int16_t>(0xff80));
+  for (int64_t c = 0; c < count; c += 2 * V) {
+    const __mmask32 there = count - c < 2 * V ? 0xffffu : 0xffffffffu;
+    const __m512i x = _mm512_maskz_loadu_epi16(there, from + c);
+    const __mmask32 keep = ~_mm512_movepi16_mask(x) | _mm512_cmpgt_epu16_mask(x, minus_infinity);
+    _mm512_mask_storeu_epi16(to + c, there, _mm512_maskz_mov_epi16(keep, x));
+  }
+}
+#endif
+
 // a [rows * out_width, depth] = what output rows [begin, end) of an image read.
 template <class T, class E>
 PDARTS_INLINE void gather(const Task& t, const Branch& b, const T* image, int64_t begin,
@@ -64,9 +83,8 @@ PDARTS_INLINE void gather(const Task& t, const Branch& b, const T* image, int64_
       for (int64_t phase = 0; phase < phases; ++phase, a += t.in_channels) {
         const int64_t pixel = phases == 2 ? factorized_source(t, row, column, phase)
                                           : row * t.out_width + column;
-        const T* x = image + pixel * t.x_stride;
-        for (int64_t c = 0; c < t.in_channels; c += V)
-          store(a + c, pixel < 0 ? Vec{} : relu(load(x + c)));
+        if (pixel < 0) std::memset(a, 0, static_cast<size_t>(t.in_channels) * sizeof(E));
+        else copy_rectified(image + pixel * t.x_stride, t.in_channels, a);
       }
 }
 
