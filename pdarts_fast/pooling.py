@@ -1,7 +1,7 @@
 """The average over all pixels in front of a classifier, without images of its gradient.
 
-Torch's pool makes an array of its input's size for its gradient, and one of twice that size to add up
-bfloat16. On a processor that is fresh memory in every step, at a page fault for each 4 KiB.
+Torch's pool makes an array of its input's size for its gradient, and one of twice that size to add
+up bfloat16. On a processor that is fresh memory in every step, at a page fault for each 4 KiB.
 """
 
 from __future__ import annotations
