@@ -280,6 +280,24 @@ def test_fan_in_of_factorized_reduces_behind_convolutions(channels: int) -> None
     compare_fan_in(bench, Call(tuple(items), call.num_ops), 0, False)
 
 
+def test_bfloat16_is_rectified_as_torch_does() -> None:
+    bench = Bench(16, (2, 6, 6), reduction=False)
+    call, infinity = bench.calls.inputs[1], float("inf")
+    tiny = torch.finfo(torch.bfloat16).tiny
+    x = torch.randn(2, 6, 6, 64).bfloat16()
+    x[0, 0, :, 47] = torch.tensor([infinity, -infinity, -0.0, tiny, -tiny, -3.0])
+    # NaN with either sign.
+    x[0, 1, :2, 47] = torch.tensor([0x7FC0, -0x40], dtype=torch.int16).view(torch.bfloat16)
+    found = []
+    for backend in (Reference(), fused.backend_named(KERNELS)):
+        arrays = bench.arrays(torch.bfloat16)
+        backend.fan_out(call, arrays, x, sums_like(call, 2, 16))
+        found.append(arrays.y[call.places(arrays.y.device).slots].float())
+    want, got = found
+    assert torch.isnan(want[:, 0, 1, :2]).all()
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2, equal_nan=True)
+
+
 def test_bfloat16_is_stored_rounded_to_nearest_even() -> None:
     bench = Bench(16, (2, 6, 6), reduction=False)
     x = torch.randn(2, 6, 6, 16) * torch.logspace(-30, 30, 16)

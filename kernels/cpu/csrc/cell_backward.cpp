@@ -127,8 +127,9 @@ class Backward : public CellPass {
     return offset(cell_.half_grads, item.half * pixels() * channels_);
   }
 
-  // Gradient of a state from all edges that leave it; sums [2, C] of it and of it times the state, or null.
-  void gather(int64_t source, const Rows* incoming, Rows out, double* sums) {
+  // Gradient of a state from all edges that leave it; `total` [2, C] is for sums of it and of it times the
+  // state, or null.
+  void gather(int64_t source, const Rows* incoming, Rows out, double* total) {
     const Call& call = calls_.gather[source];
     branches(call);
     for (int64_t i = 0; i < call.count; ++i) {
@@ -143,7 +144,7 @@ class Backward : public CellPass {
     read_state(t, source);
     t.out = out.data;
     t.out_stride = out.stride;
-    t.sums = sums;
+    t.sums = total;
     if (incoming) {
       t.incoming = incoming->data;
       t.incoming_stride = incoming->stride;
