@@ -193,7 +193,7 @@ def test_cells_that_are_more_than_a_chain_are_called(
 
 
 @pytest.mark.parametrize(
-    "settings", [{"channels": 12}, {"multiplier": 3}], ids=["padded", "three-nodes"]
+    "settings", [{"channels": 10}, {"multiplier": 3}], ids=["padded", "three-nodes"]
 )
 def test_other_networks_run_cell_by_cell(settings: dict[str, Any], ways: list[bool]) -> None:
     step(network(**settings), *batch())
