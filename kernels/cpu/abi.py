@@ -6,7 +6,7 @@ import ctypes
 
 import numpy as np
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 FAN_OUT, MID, AFFINE, MIX, REDUCE, MID_BACKWARD, FAN_IN = range(7)
 PATCHES = 6
 """Kind of the stem's convolution, which no plan has."""
@@ -53,6 +53,7 @@ class Task(ctypes.Structure):
                 "out_height",
                 "out_width",
                 "in_channels",
+                "in_parts",
                 "channels",
                 "real_channels",
                 "bf16",
@@ -114,10 +115,18 @@ class CellTask(ctypes.Structure):
         ),
         *(
             (name, _INT * 2)
-            for name in ("in_height", "in_width", "in_channels", "state_height", "state_width")
+            for name in (
+                "in_height",
+                "in_width",
+                "in_channels",
+                "in_parts",
+                "state_height",
+                "state_width",
+            )
         ),
         ("inputs", _POINTER * 2),
         ("states", _POINTER * 2),
+        ("apart", _INT),
         *(
             (name, _POINTER)
             for name in (

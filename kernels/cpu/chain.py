@@ -103,6 +103,11 @@ class Geometry:
             task.calls, task.training = ctypes.addressof(table.struct), 1
             set_sizes(task, node, inputs, states, plan.channels, dtype)
             self._held.append(table)
+            # Only the next cells see an output, but for the last one: its nodes lie apart.
+            for which, number in enumerate((len(self.outputs) - 2, len(self.outputs) - 1)):
+                if number >= 0:
+                    task.in_parts[which] = self._plans[number].steps
+            task.apart = len(self.outputs) < len(keys) - 1
             stored = sum(place >= 0 for place in places(plan.key))
             of_node = math.prod(node)
             bits = len(drops(plan)) * of_node

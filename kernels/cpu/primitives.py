@@ -123,6 +123,7 @@ class CompiledPrimitives:
         task = abi.Task()
         task.images, task.out_height, task.out_width, task.channels = y.shape
         task.in_height, task.in_width, task.in_channels = y.shape[1:]
+        task.in_parts = 1
         task.real_channels = arrays.channels
         task.bf16 = y.dtype == torch.bfloat16
         task.threads = torch.get_num_threads()

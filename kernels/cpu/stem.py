@@ -52,7 +52,7 @@ class CompiledStem:
         task = abi.Task(num_branches=1, branches=branch.ctypes.data, x=x.data_ptr())
         task.images, task.out_height, task.out_width, task.channels = y.shape
         _, task.in_height, task.in_width, task.in_channels = x.shape
-        task.x_stride = task.in_channels
+        task.x_stride, task.in_parts = task.in_channels, 1
         task.real_channels = task.channels
         task.bf16, task.threads = y.dtype == torch.bfloat16, torch.get_num_threads()
         task.groups = count_groups(task.images, task.channels)

@@ -153,4 +153,5 @@ def set_sizes(
     task.real_channels, task.bf16 = real_channels, dtype == torch.bfloat16
     for which in (0, 1):
         _, task.in_height[which], task.in_width[which], task.in_channels[which] = inputs[which]
+        task.in_parts[which] = 1
         _, task.state_height[which], task.state_width[which], _ = states[which]

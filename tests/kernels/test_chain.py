@@ -94,14 +94,15 @@ def test_is_the_cells_bit_for_bit(
     assert_equal(got, step(network(layers, live), *batch(), amp=amp))
 
 
+@pytest.mark.parametrize("amp", [False, True], ids=["float32", "amp"])
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 7, 9), (2, 1, 11)], ids=["one", "odd", "row"])
 def test_any_size(
-    shape: tuple[int, int, int], ways: list[bool], one_by_one: Callable[[], None]
+    shape: tuple[int, int, int], amp: bool, ways: list[bool], one_by_one: Callable[[], None]
 ) -> None:
-    got = step(network(), *batch(*shape))
+    got = step(network(), *batch(*shape), amp=amp)
     assert ways == [True, True]
     one_by_one()
-    assert_equal(got, step(network(), *batch(*shape)))
+    assert_equal(got, step(network(), *batch(*shape), amp=amp))
 
 
 def test_is_the_same_at_any_number_of_threads(ways: list[bool]) -> None:

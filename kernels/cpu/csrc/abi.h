@@ -52,6 +52,8 @@ struct Branch {
 struct Task {
   int64_t images, in_height, in_width, out_height, out_width;
   int64_t in_channels;           // Cx, of x
+  int64_t in_parts;              // arrays in which x, out and incoming of a fan_out or fan_in with 1x1
+                                 // convolutions lie, one behind the other, with Cx / in_parts channels each
   int64_t channels;              // C, of y
   int64_t real_channels;         // C without padding: what the dropout stream counts
   int64_t bf16, threads, groups;
@@ -102,9 +104,11 @@ struct CellTask {
   int64_t images, height, width; // of nodes
   int64_t channels, real_channels, bf16, threads, training;
   int64_t in_height[2], in_width[2], in_channels[2];
+  int64_t in_parts[2];           // arrays in which an input and its gradient lie, one behind the other
   int64_t state_height[2], state_width[2];
   const void* inputs[2];         // storage
   void* states[2];               // storage
+  int64_t apart;                 // whether nodes, and grad, are [steps, M, C] instead
   void* nodes;                   // storage [M, steps * C]
   void* y;                       // storage [places, M, C]
   double* norms;                 // [rows, 2, C]

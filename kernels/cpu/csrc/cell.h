@@ -39,7 +39,13 @@ class CellPass {
 
   Rows state(int64_t source) const {
     if (source < 2) return {cell_.states[source], channels_};
-    return {offset(cell_.nodes, (source - 2) * channels_), calls_.steps * channels_};
+    return node_of(cell_.nodes, source - 2);
+  }
+
+  // A node in `nodes` or `grad`.
+  Rows node_of(const void* all, int64_t node) const {
+    if (cell_.apart) return {offset(all, node * pixels() * channels_), channels_};
+    return {offset(all, node * channels_), calls_.steps * channels_};
   }
 
   // A task whose input and output have the size of the nodes.
@@ -49,6 +55,7 @@ class CellPass {
     t.in_height = t.out_height = cell_.height;
     t.in_width = t.out_width = cell_.width;
     t.in_channels = t.channels = channels_;
+    t.in_parts = 1;
     t.real_channels = cell_.real_channels;
     t.bf16 = cell_.bf16;
     t.threads = cell_.threads;
@@ -73,7 +80,9 @@ class CellPass {
   // Makes an input of the cell that of a task which writes or reads its state.
   void read_input(Task& t, int64_t which) const {
     t.x = cell_.inputs[which];
-    t.x_stride = t.in_channels = cell_.in_channels[which];
+    t.in_channels = cell_.in_channels[which];
+    t.in_parts = cell_.in_parts[which];
+    t.x_stride = t.in_channels / t.in_parts;
     t.in_height = cell_.in_height[which];
     t.in_width = cell_.in_width[which];
     t.out_height = cell_.state_height[which];

@@ -17,7 +17,7 @@ class Backward : public CellPass {
   // front of it.
   void run_cell(Backward* behind, bool shares) {
     for (int64_t node = 0; node < calls_.steps; ++node)
-      grads_.push_back({offset(cell_.grad, node * channels_), calls_.steps * channels_});
+      grads_.push_back(node_of(cell_.grad, node));
     std::memset(cell_.grad_alphas, 0, static_cast<size_t>(calls_.alphas) * sizeof(double));
     for (int64_t node = calls_.steps - 1; node >= 0; --node) {
       enter(node);
@@ -180,7 +180,7 @@ class Backward : public CellPass {
     Task t = task();
     read_input(t, which);
     t.out = cell_.grad_inputs[which];
-    t.out_stride = t.in_channels;
+    t.out_stride = t.x_stride;
     if (cell_.adds[which] && !behind) {
       t.incoming = t.out;
       t.incoming_stride = t.out_stride;

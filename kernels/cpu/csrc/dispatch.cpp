@@ -94,7 +94,7 @@ int64_t list(Entry* entries) {
 extern "C" {
 
 // Bumped whenever abi.h changes, so that a library of another version is refused.
-int64_t pdarts_abi_version() { return 7; }
+int64_t pdarts_abi_version() { return 8; }
 
 int64_t pdarts_sizeof_task() { return sizeof(pdarts::Task); }
 

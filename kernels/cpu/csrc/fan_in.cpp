@@ -109,6 +109,7 @@ void gathered_backward(const Task& t, const Branch& b, const Packed<T>& packed, 
   product_rows(operands<T>(w.dy), t.channels, pixels, t.channels, packed.pointwise, depth, w.a,
                NothingAhead{});
   const int64_t phases = depth / cx;
+  const Parts parts = Parts::of(t);
   const float* a = w.a;
   for (int64_t row = begin; row < end; ++row)
     for (int64_t column = 0; column < width; ++column)
@@ -116,10 +117,12 @@ void gathered_backward(const Task& t, const Branch& b, const Packed<T>& packed, 
         const int64_t pixel = phases == 2 ? factorized_source(t, row, column, phase)
                                           : row * width + column;
         if (pixel < 0) continue;
-        for (int64_t c = 0; c < cx; c += V) {
-          float* o = w.raw + pixel * cx + c;
-          store(o, load(o) + masked(load(a + c), load(image + pixel * t.x_stride + c)));
-        }
+        parts.each([&](int64_t channel, int64_t offset) PDARTS_LAMBDA {
+          const T* x = image + offset + pixel * t.x_stride;
+          float* o = w.raw + pixel * cx + channel;
+          for (int64_t c = 0; c < parts.channels; c += V)
+            store(o + c, load(o + c) + masked(load(a + channel + c), load(x + c)));
+        });
       }
   gathered_weights(t, b, packed, group, n, image, begin, end, w);
 }
@@ -132,6 +135,7 @@ void pointwise_image(const Task& t, const Packed<T>* packed, int64_t group, int6
   const int64_t width = t.out_width, rows = rows_per_chunk(t), cx = t.in_channels;
   const int64_t dy_step = operand_floats(chunk_pixels(t), t.channels);
   const bool two = t.num_branches == 2;
+  const Parts parts = Parts::of(t);
   for (int64_t begin = 0; begin < t.out_height; begin += rows) {
     const int64_t end = min_of(t.out_height, begin + rows), pixels = (end - begin) * width;
     const int64_t first = n * t.out_height * width + begin * width;
@@ -143,26 +147,29 @@ void pointwise_image(const Task& t, const Packed<T>* packed, int64_t group, int6
                      NothingAhead{});
     }
     if (t.out) {
-      const T* x = image + begin * width * t.x_stride;
-      const T* incoming = static_cast<const T*>(t.incoming);
-      if (incoming) incoming += first * t.incoming_stride;
-      const Ahead next_x = Ahead::of(x + pixels * t.x_stride, t.x_stride);
       const GradientAhead next = gradient_ahead<T>(t, t.branches[0], first + pixels);
       const GradientAhead second = gradient_ahead<T>(t, t.branches[t.num_branches - 1], first + pixels);
-      write_rows(pixels, cx, static_cast<T*>(t.out) + first * t.out_stride, t.out_stride, !incoming,
-                 [&](int64_t p, int64_t c) PDARTS_LAMBDA {
-                   next_x.ask(p, c / V);
-                   if (c < t.channels) {
-                     next.ask(p, c / V);
-                     if (two) second.ask(p, c / V);
-                   }
-                   const Vec by = load(x + p * t.x_stride + c);
-                   Vec dx = masked(load(w.a + p * cx + c), by);
-                   // As if they had been stored and added.
-                   if (incoming || two) dx = as_stored<T>(dx);
-                   if (two) dx += as_stored<T>(masked(load(w.second + p * cx + c), by));
-                   return incoming ? dx + load(incoming + p * t.incoming_stride + c) : dx;
-                 });
+      parts.each([&](int64_t channel, int64_t offset) {
+        const T* x = image + offset + begin * width * t.x_stride;
+        const T* incoming = static_cast<const T*>(t.incoming);
+        if (incoming) incoming += offset + first * t.incoming_stride;
+        const Ahead next_x = Ahead::of(x + pixels * t.x_stride, t.x_stride);
+        write_rows(pixels, parts.channels, static_cast<T*>(t.out) + offset + first * t.out_stride,
+                   t.out_stride, !incoming, [&](int64_t p, int64_t c) PDARTS_LAMBDA {
+                     const int64_t from = p * cx + channel + c;
+                     next_x.ask(p, c / V);
+                     if (channel + c < t.channels) {
+                       next.ask(p, (channel + c) / V);
+                       if (two) second.ask(p, (channel + c) / V);
+                     }
+                     const Vec by = load(x + p * t.x_stride + c);
+                     Vec dx = masked(load(w.a + from), by);
+                     // As if they had been stored and added.
+                     if (incoming || two) dx = as_stored<T>(dx);
+                     if (two) dx += as_stored<T>(masked(load(w.second + from), by));
+                     return incoming ? dx + load(incoming + p * t.incoming_stride + c) : dx;
+                   });
+      });
     }
     if (!packed[0].grad_pointwise) continue;
     Operand<T>* a = operands<T>(w.a);
@@ -263,26 +270,30 @@ void skip_backward(const Task& t, const Branch& b, int64_t n, const Work& w) {
 template <class T>
 void write_image(const Task& t, const Sizes& s, int64_t n, const T* image, const Work& w, double* total) {
   const int64_t pixels = t.in_height * t.in_width, cx = t.in_channels;
+  const Parts parts = Parts::of(t);
   const T* incoming = static_cast<const T*>(t.incoming);
   if (incoming) incoming += n * pixels * t.incoming_stride;
   std::memset(w.sums, 0, static_cast<size_t>(s.sums) * sizeof(float));
   for (int64_t row = 0; row < t.in_height; ++row) {
     const int64_t first = row * t.in_width;
-    write_rows(t.in_width, cx, static_cast<T*>(t.out) + (n * pixels + first) * t.out_stride, t.out_stride,
-               kWholeLines<T>, [&](int64_t column, int64_t c) PDARTS_LAMBDA {
-                 const int64_t p = first + column;
-                 Vec v = s.raw ? load(w.raw + p * cx + c) : Vec{};
-                 if (s.conv)
-                   v += masked(load(w.dx.at(c / V, row, column)), load(image + p * t.x_stride + c));
-                 if (incoming) v += load(incoming + p * t.incoming_stride + c);
-                 if (total) {
-                   const Vec out = as_stored<T>(v);
-                   float* sum = w.sums + column % kSumChains * 2 * cx + c;
-                   store(sum, load(sum) + out);
-                   store(sum + cx, load(sum + cx) + out * load(image + p * t.x_stride + c));
-                 }
-                 return v;
-               });
+    T* out = static_cast<T*>(t.out) + (n * pixels + first) * t.out_stride;
+    parts.each([&](int64_t channel, int64_t offset) {
+      write_rows(t.in_width, parts.channels, out + offset, t.out_stride, kWholeLines<T>,
+                 [&](int64_t column, int64_t in_part) PDARTS_LAMBDA {
+                   const int64_t p = first + column, c = channel + in_part;
+                   const T* x = image + offset + p * t.x_stride + in_part;
+                   Vec v = s.raw ? load(w.raw + p * cx + c) : Vec{};
+                   if (s.conv) v += masked(load(w.dx.at(c / V, row, column)), load(x));
+                   if (incoming) v += load(incoming + offset + p * t.incoming_stride + in_part);
+                   if (total) {
+                     const Vec out = as_stored<T>(v);
+                     float* sum = w.sums + column % kSumChains * 2 * cx + c;
+                     store(sum, load(sum) + out);
+                     store(sum + cx, load(sum + cx) + out * load(x));
+                   }
+                   return v;
+                 });
+    });
   }
   if (!total) return;
   for (int64_t chain = 0; chain < kSumChains; ++chain) add_sums(total, w.sums + chain * 2 * cx, 2 * cx);

@@ -102,13 +102,22 @@ int64_t max_depth(const Task& t) {
   return depth;
 }
 
-// What is read after a 1x1 convolution's pixels: its next ones, each of several lines for one of y.
+// What is read after a 1x1 convolution's pixels: its next ones, shared among the blocks of y.
 struct PixelsAhead {
   Ahead input;
-  int64_t lines;
+  Parts parts;
+  int64_t part_bytes, y_blocks;
+
+  template <class T>
+  static PixelsAhead of(const Task& t, const T* next) {
+    const Parts parts = Parts::of(t);
+    return {Ahead::of(next, t.x_stride), parts, parts.step * static_cast<int64_t>(sizeof(T)), t.channels / V};
+  }
 
   PDARTS_INLINE_METHOD void ask(int64_t pixel, int64_t block) const {
-    for (int64_t line = 0; line < lines; ++line) input.ask(pixel, block * lines + line);
+    Ahead part = input;
+    for (int64_t i = 0; i < parts.count; ++i, part.data += part_bytes)
+      for (int64_t b = block; b * V < parts.channels; b += y_blocks) part.ask(pixel, b);
   }
 };
 
@@ -147,8 +156,7 @@ void branch_rows(const Task& t, const Branch& b, const Packed<Operand<T>>& packe
     multiply(ahead_if<!kAskInStencils>(next));
   } else {
     gather(t, b, image, begin, end, a);
-    const Ahead pixels_ahead = Ahead::of(image + end * width * t.x_stride, t.x_stride);
-    if (b.kind == kPointwise) multiply(PixelsAhead{pixels_ahead, max_of(depth / channels, 1)});
+    if (b.kind == kPointwise) multiply(PixelsAhead::of(t, image + end * width * t.x_stride));
     else multiply(next);
   }
   finish_chunk(moments, fresh, pixels, channels, y);

@@ -7,6 +7,21 @@
 namespace pdarts {
 namespace PDARTS_VARIANT {
 
+// The arrays in which the channels of x lie, with `channels` each: one behind the other.
+struct Parts {
+  int64_t count, channels, step;
+
+  static Parts of(const Task& t) {
+    return {t.in_parts, t.in_channels / t.in_parts, t.images * t.in_height * t.in_width * t.x_stride};
+  }
+
+  // f(first channel, elements to its array).
+  template <class F>
+  PDARTS_INLINE_METHOD void each(F f) const {
+    for (int64_t i = 0; i < count; ++i) f(i * channels, i * step);
+  }
+};
+
 // Where output pixel (row, column) reads phase 0 or 1 of a factorized reduce; -1 if outside.
 PDARTS_INLINE int64_t factorized_source(const Task& t, int64_t row, int64_t column,
                                         int64_t phase) {
@@ -60,17 +75,39 @@ PDARTS_INLINE void copy_rectified(const T* from, int64_t count, E* to) {
 }
 
 #ifdef PDARTS_BF16
-// Two vectors at a time as they are stored: without a sign, or above minus infinity, which NaN is.
-PDARTS_INLINE void copy_rectified(const BFloat* from, int64_t count, BFloat* to) {
+// Two vectors as they are stored: without a sign, or above minus infinity, which NaN is.
+PDARTS_INLINE __m512i rectified(__m512i x) {
   const __m512i minus_infinity = _mm512_set1_epi16(static_cast<int16_t>(0xff80));
+  return _mm512_maskz_mov_epi16(~_mm512_movepi16_mask(x) | _mm512_cmpgt_epu16_mask(x, minus_infinity), x);
+}
+
+PDARTS_INLINE void copy_rectified(const BFloat* from, int64_t count, BFloat* to) {
   for (int64_t c = 0; c < count; c += 2 * V) {
     const __mmask32 there = count - c < 2 * V ? 0xffffu : 0xffffffffu;
-    const __m512i x = _mm512_maskz_loadu_epi16(there, from + c);
-    const __mmask32 keep = ~_mm512_movepi16_mask(x) | _mm512_cmpgt_epu16_mask(x, minus_infinity);
-    _mm512_mask_storeu_epi16(to + c, there, _mm512_maskz_mov_epi16(keep, x));
+    _mm512_mask_storeu_epi16(to + c, there, rectified(_mm512_maskz_loadu_epi16(there, from + c)));
   }
 }
 #endif
+
+// to [Cx] = relu(from) of a pixel.
+template <class T, class E>
+PDARTS_INLINE void copy_pixel(const Parts& parts, const T* from, E* to) {
+#ifdef PDARTS_BF16
+  if constexpr (std::is_same<T, BFloat>::value)
+    if (parts.channels == V && parts.count % 2 == 0) {
+      const auto half = [](const BFloat* x) PDARTS_LAMBDA {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+      };
+      for (int64_t i = 0; i < parts.count; i += 2, from += 2 * parts.step, to += 2 * V)
+        _mm512_storeu_si512(to, rectified(_mm512_inserti64x4(_mm512_castsi256_si512(half(from)),
+                                                             half(from + parts.step), 1)));
+      return;
+    }
+#endif
+  parts.each([&](int64_t channel, int64_t offset) PDARTS_LAMBDA {
+    copy_rectified(from + offset, parts.channels, to + channel);
+  });
+}
 
 // a [rows * out_width, depth] = what output rows [begin, end) of an image read.
 template <class T, class E>
@@ -78,13 +115,14 @@ PDARTS_INLINE void gather(const Task& t, const Branch& b, const T* image, int64_
                           int64_t end, E* a) {
   if (b.kind == kPatches) return gather_patches(t, b, image, begin, end, a);
   const int64_t phases = b.kind == kFactorized ? 2 : 1;
+  const Parts parts = Parts::of(t);
   for (int64_t row = begin; row < end; ++row)
     for (int64_t column = 0; column < t.out_width; ++column)
       for (int64_t phase = 0; phase < phases; ++phase, a += t.in_channels) {
         const int64_t pixel = phases == 2 ? factorized_source(t, row, column, phase)
                                           : row * t.out_width + column;
         if (pixel < 0) std::memset(a, 0, static_cast<size_t>(t.in_channels) * sizeof(E));
-        else copy_rectified(image + pixel * t.x_stride, t.in_channels, a);
+        else copy_pixel(parts, image + pixel * t.x_stride, a);
       }
 }
 

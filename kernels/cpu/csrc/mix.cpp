@@ -98,8 +98,9 @@ void run_mix(const Task& t) {
   const int64_t channels = t.channels, width = t.out_width;
   const int64_t rows = rows_per_run(t, kRun), run = rows * width;
   const int64_t runs = (t.out_height + rows - 1) / rows;
-  // The other nodes of an output lie between two pixels of this one.
-  const bool whole_lines = channels * static_cast<int64_t>(sizeof(T)) % 64 == 0;
+  // Other nodes of the output may lie between two pixels of this one.
+  const bool whole_lines =
+      t.out_stride == channels || channels * static_cast<int64_t>(sizeof(T)) % 64 == 0;
   const Entrants all(t, shared_scratch);
   parallel(t.threads, [&](Member& member) {
     Scratch& local = local_scratch;
