@@ -40,7 +40,8 @@ class Variant:
 
 
 AVX2 = ("-mavx2", "-mfma")
-AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
+WIDE = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
+AVX512 = (*AVX2, "-mbmi2", *WIDE)
 BF16 = (*AVX512, "-mavx512bf16")
 AMX = (*BF16, "-mamx-tile", "-mamx-bf16")
 # Beside the others only processors without AVX2 run `generic`; -O1 takes a third less to compile.

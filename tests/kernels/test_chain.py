@@ -105,6 +105,14 @@ def test_any_size(
     assert_equal(got, step(network(), *batch(*shape), amp=amp))
 
 
+@pytest.mark.parametrize("p", [0.1, 0.4, 0.999])
+def test_any_dropout_rate(p: float, ways: list[bool], one_by_one: Callable[[], None]) -> None:
+    got = step(network(3, p=p), *batch())
+    assert ways == [True, True]
+    one_by_one()
+    assert_equal(got, step(network(3, p=p), *batch()))
+
+
 def test_is_the_same_at_any_number_of_threads(ways: list[bool]) -> None:
     found = []
     before = torch.get_num_threads()

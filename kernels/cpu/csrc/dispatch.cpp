@@ -71,7 +71,7 @@ int64_t list(Entry* entries) {
 #ifdef PDARTS_HAS_AVX512
   const bool wide = fma && __builtin_cpu_supports("avx512f") &&
                     __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                    __builtin_cpu_supports("avx512vl");
+                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2");
 #ifdef PDARTS_HAS_AVX512BF16
   const bool pairs = wide && __builtin_cpu_supports("avx512bf16");
 #ifdef PDARTS_HAS_AMX

@@ -2,6 +2,8 @@
 // mask that was drawn before.
 #pragma once
 
+#include <cmath>
+
 #include "scratch.h"
 
 namespace pdarts {
@@ -70,15 +72,16 @@ PDARTS_INLINE void put_in_order(Vec v[4]) {
 }
 #endif
 
-// Which of V blocks is computed in lane i: then words come into order without leaving the 128 bits in
-// which they are.
+// Which of V blocks is computed in lane i, for `put_in_order`: words then come into order without leaving the
+// 128 bits in which they are.
 constexpr uint32_t block_in_lane(int i) { return static_cast<uint32_t>(V / 4 * (i % 4) + i / 4); }
 
-// Blocks first .. first + V - 1 of a stream: word l of the block of lane i is words[l][i].
-PDARTS_INLINE void philox(const int64_t* state, uint32_t stream, uint64_t first, Bits words[4]) {
+// Blocks first .. first + V - 1 of a stream: block place(i) is in lane i, its word l is words[l][i].
+template <class Place>
+PDARTS_INLINE void philox(const int64_t* state, uint32_t stream, uint64_t first, Bits words[4], Place place) {
   Bits offsets;
   PDARTS_UNROLL
-  for (int i = 0; i < V; ++i) offsets[i] = block_in_lane(i);
+  for (int i = 0; i < V; ++i) offsets[i] = place(i);
   const uint32_t low_first = static_cast<uint32_t>(first);
   Bits c0 = offsets + low_first;
   // A comparison that holds is -1.
@@ -156,35 +159,64 @@ PDARTS_INLINE Vec load_kept(const uint8_t* bits, int64_t element, Vec kept) {
 
 PDARTS_INLINE Vec kept_factor(const Task& t) { return broadcast(1.0f / (1.0f - *t.dropout_rate)); }
 
-// Factors 0 or 1 / (1 - p) of elements first .. first + count - 1, in NHWC order. Returns where
-// they begin in `buffer`. Writes `bits` unless it is null: first and count are then multiples of 8.
-PDARTS_SHARED const float* dropout_factors(const Task& t, const Branch& b, int64_t first,
-                                           int64_t count, float* buffer,
-                                           uint8_t* bits = nullptr) {
+// Factors 0 or 1 / (1 - p) of 4 V elements from block `block` of a branch's stream on.
+PDARTS_INLINE void factors_of(const Task& t, const Branch& b, uint64_t block, Vec factors[4]) {
   const Vec p = broadcast(*t.dropout_rate), kept = kept_factor(t);
+  Bits words[4];
+  philox(t.dropout_state, static_cast<uint32_t>(b.stream), block, words, block_in_lane);
+  PDARTS_UNROLL
+  for (int l = 0; l < 4; ++l) {
+    const Vec u = __builtin_convertvector((Integers)(words[l] >> 8), Vec) * 0x1p-24f;
+    factors[l] = u >= p ? kept : Vec{};
+  }
+  put_in_order(factors);
+}
+
+// Factors of elements first .. first + count - 1, in NHWC order. Returns where they begin in `buffer`.
+PDARTS_SHARED const float* dropout_factors(const Task& t, const Branch& b, int64_t first,
+                                           int64_t count, float* buffer) {
   const uint64_t begin = static_cast<uint64_t>(first) / 4;
   const int64_t skip = first % 4;
   for (int64_t done = 0; done < skip + count; done += 4 * V) {
-    Bits words[4];
     Vec factors[4];
-    philox(t.dropout_state, static_cast<uint32_t>(b.stream), begin + done / 4, words);
-    PDARTS_UNROLL
-    for (int l = 0; l < 4; ++l) {
-      const Vec u = __builtin_convertvector((Integers)(words[l] >> 8), Vec) * 0x1p-24f;
-      factors[l] = u >= p ? kept : Vec{};
-    }
-    put_in_order(factors);
+    factors_of(t, b, begin + static_cast<uint64_t>(done) / 4, factors);
     PDARTS_UNROLL
     for (int i = 0; i < 4; ++i) store(buffer + done + i * V, factors[i]);
-    if (!bits) continue;
+  }
+  return buffer + skip;
+}
+
+// Which of these elements have a factor, as bits; `first` and `count` are multiples of 8.
+PDARTS_SHARED void dropout_bits(const Task& t, const Branch& b, int64_t first, int64_t count,
+                                uint8_t* bits) {
+#if defined(__BMI2__) && PDARTS_WIDTH == 16
+  // The smallest number of 24 bits that is not below the rate.
+  const double numbers = std::ceil(static_cast<double>(*t.dropout_rate) * 0x1p24);
+  const __m512i least = _mm512_set1_epi32(static_cast<int32_t>(numbers));
+#endif
+  for (int64_t done = 0; done < count; done += 4 * V) {
+    const uint64_t block = static_cast<uint64_t>(first + done) / 4;
     uint64_t all = 0;
+#if defined(__BMI2__) && PDARTS_WIDTH == 16
+    // Compared as integers and put in order as bits, in two thirds of the time.
+    Bits words[4];
+    philox(t.dropout_state, static_cast<uint32_t>(b.stream), block, words,
+           [](int i) { return static_cast<uint32_t>(i); });
+    PDARTS_UNROLL
+    for (int l = 0; l < 4; ++l) {
+      const uint64_t kept = _mm512_cmpge_epu32_mask((__m512i)(words[l] >> 8), least);
+      all |= _pdep_u64(kept, 0x1111111111111111u << l);
+    }
+#else
+    Vec factors[4];
+    factors_of(t, b, block, factors);
     PDARTS_UNROLL
     for (int i = 0; i < 4; ++i) all |= bits_of(factors[i]) << (i * V);
+#endif
     // Elements behind the last one may be another thread's.
     const int64_t size = (count - done) / 8;
     std::memcpy(bits + done / 8, &all, static_cast<size_t>(size < V / 2 ? size : V / 2));
   }
-  return buffer + skip;
 }
 
 }  // namespace PDARTS_VARIANT

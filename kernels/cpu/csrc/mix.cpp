@@ -78,9 +78,17 @@ PDARTS_SHARED void add_dropped(const Task& t, const Branch* b, int64_t n, int64_
                        });
     return;
   }
-  uint8_t* bits = b->kept ? b->kept + first * channels / 8 : nullptr;
-  const float* keep =
-      dropout_factors(t, *b, first * real, (end - begin) * t.out_width * real, factors, bits);
+  const int64_t count = (end - begin) * t.out_width * real;
+  if (b->kept) {
+    uint8_t* bits = b->kept + first * channels / 8;
+    dropout_bits(t, *b, first * real, count, bits);
+    const Vec kept = kept_factor(t);
+    add_branches<1, T>(t, &b, n, begin, end, total, [&](int64_t p, int64_t c, Vec x) PDARTS_LAMBDA {
+      return load_kept(bits, p * channels + c, kept) * x;
+    });
+    return;
+  }
+  const float* keep = dropout_factors(t, *b, first * real, count, factors);
   add_branches<1, T>(t, &b, n, begin, end, total, [&](int64_t p, int64_t c, Vec x) PDARTS_LAMBDA {
     return load(keep + p * real + c) * x;
   });

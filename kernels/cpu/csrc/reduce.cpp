@@ -156,7 +156,9 @@ void run_sums(const Task& t, const Entrants& all, int64_t n, int64_t begin, int6
               float* factors, float* chains, double* total) {
   const T* g =
       static_cast<const T*>(t.x) + (n * t.out_height + begin) * t.out_width * t.x_stride;
+  const Entering<T> gradient{g, t.x_stride};
   add_sum((end - begin) * t.out_width, t.channels, total, [&](int64_t p, int64_t c) PDARTS_LAMBDA {
+    gradient.ask_ahead(p, c);
     return load(g + p * t.x_stride + c);
   });
   for (const Pools& pools : all.pools)
