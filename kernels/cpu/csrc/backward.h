@@ -272,11 +272,11 @@ PDARTS_SHARED void weights_backward(const Task& t, const Branch& b,
 // A thread's arrays for the weight gradients of dense convolutions, an image at a time.
 struct DenseGradients {
   DensePlanes planes;  // dy
-  BFloat* turned;      // dy [pairs of rows][16][pixels of both]
+  BFloat* turned;      // dy of a strip [pairs of rows][16][pixels of both]
   float* moments;      // M
 
   static int64_t turned_numbers(const Task& t) {
-    return (t.out_height + 3) * tiled_width(t.out_width) * V;
+    return 2 * kStrip * tiled_width(t.out_width) * V;
   }
 
   static int64_t bytes(const Task& t) {
@@ -290,56 +290,78 @@ struct DenseGradients {
   }
 };
 
-// dy of a dense convolution of image n into its plane and, unless that is null, turned: tiles with a channel
-// a row, pixels of two rows in turns.
-PDARTS_SHARED void dense_gradient(const Task& t, const Branch& b, int64_t n, const PairedRows& plane,
-                                  BFloat* turned) {
-  const int64_t width = t.out_width, step = b.dilation * width, first_pixel = n * t.out_height * width;
-  const BFloat* grad = static_cast<const BFloat*>(b.grad) + first_pixel * b.grad_stride;
-  const BFloat* y = static_cast<const BFloat*>(b.y) + first_pixel * V;
-  const Vec of_grad = load(b.coef), of_y = load(b.coef + V), constant = load(b.coef + 2 * V);
-  const auto dy = [&](int64_t p) PDARTS_LAMBDA {
-    return of_grad * load(grad + p * b.grad_stride) + of_y * load(y + p * V) + constant;
-  };
-  each_pair(plane, [&](const RowPair& pair) {
-    const int64_t row = pair.row;
-    BFloat *first = plane.row(row), *second = plane.row(row + b.dilation);
-    const bool one_line = second == first + V;
-    for (int64_t begin = 0; begin < width; begin += kTileSide) {
-      const int64_t size = min_of(kTileSide, width - begin);
-      __m512i pairs[V], to[V];
-      for (int64_t i = 0; i < kTileSide; ++i) {
-        if (i >= size) {
-          pairs[i] = _mm512_setzero_si512();
-          continue;
-        }
-        const int64_t column = begin + i, p = row * width + column;
-        const __m512i line = as_line(dy(p), pair.count == 2 ? dy(p + step) : Vec{});
-        if (one_line) {
-          _mm512_storeu_si512(first + column * kLine, line);
-        } else {
-          auto* to_first = reinterpret_cast<__m256i*>(first + column * kLine);
-          auto* to_second = reinterpret_cast<__m256i*>(second + column * kLine);
-          _mm256_storeu_si256(to_first, _mm512_castsi512_si256(line));
-          _mm256_storeu_si256(to_second, _mm512_extracti64x4_epi64(line, 1));
-        }
-        pairs[i] = in_turns(line);
+// dy of a dense convolution of image n: what `dense_gradient` reads.
+struct DenseGradient {
+  const BFloat *grad, *y;
+  int64_t grad_stride;
+  Vec of_grad, of_y, constant;
+
+  static DenseGradient of(const Task& t, const Branch& b, int64_t n) {
+    const int64_t first = n * t.out_height * t.out_width;
+    return {static_cast<const BFloat*>(b.grad) + first * b.grad_stride,
+            static_cast<const BFloat*>(b.y) + first * V,
+            b.grad_stride,
+            load(b.coef),
+            load(b.coef + V),
+            load(b.coef + 2 * V)};
+  }
+
+  PDARTS_INLINE_METHOD Vec at(int64_t pixel) const {
+    return of_grad * load(grad + pixel * grad_stride) + of_y * load(y + pixel * V) + constant;
+  }
+};
+
+// dy of a pair of rows into its plane and, unless that is null, turned: tiles with a channel a row, pixels of
+// two rows in turns. Returns where those of the next pair begin.
+PDARTS_SHARED BFloat* dense_gradient(const DenseGradient& dy, const PairedRows& plane, const RowPair& pair,
+                                     BFloat* turned) {
+  const int64_t row = pair.row, width = plane.width, step = plane.dilation * width;
+  BFloat *first = plane.row(row), *second = plane.row(row + plane.dilation);
+  const bool one_line = second == first + V;
+  for (int64_t begin = 0; begin < width; begin += kTileSide) {
+    const int64_t size = min_of(kTileSide, width - begin);
+    __m512i pairs[V], to[V];
+    for (int64_t i = 0; i < kTileSide; ++i) {
+      if (i >= size) {
+        pairs[i] = _mm512_setzero_si512();
+        continue;
       }
-      if (!turned) continue;
-      transpose(pairs, to);
-      PDARTS_UNROLL
-      for (int i = 0; i < V; ++i, turned += kLine) _mm512_storeu_si512(turned, to[i]);
+      const int64_t column = begin + i, p = row * width + column;
+      const __m512i line = as_line(dy.at(p), pair.count == 2 ? dy.at(p + step) : Vec{});
+      if (one_line) {
+        _mm512_storeu_si512(first + column * kLine, line);
+      } else {
+        auto* to_first = reinterpret_cast<__m256i*>(first + column * kLine);
+        auto* to_second = reinterpret_cast<__m256i*>(second + column * kLine);
+        _mm256_storeu_si256(to_first, _mm512_castsi512_si256(line));
+        _mm256_storeu_si256(to_second, _mm512_extracti64x4_epi64(line, 1));
+      }
+      pairs[i] = in_turns(line);
     }
-  });
+    if (!turned) continue;
+    transpose(pairs, to);
+    PDARTS_UNROLL
+    for (int i = 0; i < V; ++i, turned += kLine) _mm512_storeu_si512(turned, to[i]);
+  }
+  return turned;
 }
 
-// Weight gradients of a dense convolution from its turned dy and the input's planes. `ahead` follows.
-PDARTS_INLINE void dense_weights(const Task& t, const Branch& b, const BackwardBranch<BFloat>& packed,
-                                 int64_t group, int64_t n, const DensePlanes& input,
-                                 const DenseGradients& w, const Ahead& ahead) {
+// dy of a dense convolution of image n into its plane, and its weight gradients if they are wanted, for which
+// `input` has v in turns. Asks `ahead` for as many pixels then. Needs `WholeTiles`.
+PDARTS_SHARED void dense_gradients(const Task& t, const Branch& b, const BackwardBranch<BFloat>& packed,
+                                   int64_t group, int64_t n, const DensePlanes& input,
+                                   const DenseGradients& w, const Ahead& ahead) {
+  const DenseGradient dy = DenseGradient::of(t, b, n);
+  const PairedRows& plane = w.planes.of(b);
+  if (!packed.grad_pointwise)
+    return each_pair(plane, [&](const RowPair& pair) { dense_gradient(dy, plane, pair, nullptr); });
+  const auto turn = [&](int64_t rest, int64_t begin, int64_t end) {
+    BFloat* turned = w.turned;
+    for (int64_t i = begin; i < end; ++i) turned = dense_gradient(dy, plane, pair_of(plane, rest, i, 0), turned);
+  };
   const PairedRows* planes = input.all[b.dilation - 1];
-  b.kernel == 3 ? dense_weights<3>(w.turned, planes, ahead, w.moments)
-                : dense_weights<5>(w.turned, planes, ahead, w.moments);
+  b.kernel == 3 ? dense_weights<3>(w.turned, planes, ahead, w.moments, turn)
+                : dense_weights<5>(w.turned, planes, ahead, w.moments, turn);
   add_weight_gradients(b, packed.depthwise, w.moments, group_depthwise(t, b, packed, group),
                        group_pointwise(t, b, packed, group), begins_group(t, group, n, 0));
 }

@@ -109,13 +109,18 @@ struct RowPair {
   int64_t number;  // of pairs before this one
 };
 
+// Pair `index` of a class.
+PDARTS_INLINE RowPair pair_of(const PairedRows& plane, int64_t rest, int64_t index, int64_t number) {
+  const int64_t row = rest + 2 * plane.dilation * index;
+  return {rest, row, row + plane.dilation < plane.height ? 2 : 1, number};
+}
+
 // f(pair) for all rows of an image.
 template <class F>
 PDARTS_INLINE void each_pair(const PairedRows& plane, F f) {
   int64_t number = 0;
   for (int64_t rest = 0; rest < plane.dilation; ++rest)
-    for (int64_t row = rest; row < plane.height; row += 2 * plane.dilation, ++number)
-      f(RowPair{rest, row, row + plane.dilation < plane.height ? 2 : 1, number});
+    for (int64_t i = 0; i < plane.pairs(rest); ++i) f(pair_of(plane, rest, i, number++));
 }
 
 // plane = f(pixel) for every pixel of the image, in all planes that are not null.
@@ -131,11 +136,6 @@ PDARTS_INLINE void fill_rows(int64_t height, int64_t width, const PairedRows* ea
       if (second) store(second + column * kLine, v);
     }
   }
-}
-
-// The channels of both rows of a line in turns, as a sum over pixels reads them.
-PDARTS_INLINE __m512i in_turns(__m512i line) {
-  return (__m512i)in_turns(_mm512_castsi512_si256(line), _mm512_extracti64x4_epi64(line, 1));
 }
 
 // Both planes = f(pixel) for every pixel of the image, with the channels of a line's rows in turns.
@@ -249,11 +249,12 @@ PDARTS_INLINE void dense_rows(const Branch& b, const PairedRows& plane, const BF
 // Pairs of rows that stay in the first-level cache for all taps.
 constexpr int64_t kStrip = 8;
 
-// sums [taps][16][16] = M of an image: `turned` has dy of all pairs of rows, `planes` v in turns, early and
-// late. Asks `ahead` for as many pixels.
-template <int K>
-PDARTS_SHARED void dense_weights(const BFloat* turned, const PairedRows* planes, const Ahead& ahead,
-                                 float* sums) {
+// sums [taps][16][16] = M of an image: `planes` are v in turns, early and late; turn(class, first pair, behind
+// the last one) puts dy of a strip into `turned`, where it is still near when it is read. Asks `ahead` for as
+// many pixels.
+template <int K, class Turn>
+PDARTS_INLINE void dense_weights(const BFloat* turned, const PairedRows* planes, const Ahead& ahead,
+                                 float* sums, Turn turn) {
   const int64_t dilation = planes->dilation;
   const int64_t width = tiled_width(planes->width), tiles = width / kTileSide;
   constexpr int64_t kAsked = (2 * kTileSide / K + 2) / 2 * 2;
@@ -267,7 +268,8 @@ PDARTS_SHARED void dense_weights(const BFloat* turned, const PairedRows* planes,
   };
   for (int64_t rest = 0; rest < dilation; ++rest) {
     const int64_t pairs = planes->pairs(rest);
-    for (int64_t begin = 0; begin < pairs; begin += kStrip)
+    for (int64_t begin = 0; begin < pairs; begin += kStrip) {
+      turn(rest, begin, min_of(begin + kStrip, pairs));
       // Rows of the kernel that read one plane, then those that read the other.
       for (int64_t i = 0; i < K; ++i) {
         const int64_t tap = i <= K / 2 ? 2 * i : 2 * (i - K / 2) - 1;
@@ -280,7 +282,7 @@ PDARTS_SHARED void dense_weights(const BFloat* turned, const PairedRows* planes,
         const PairedRows& plane = planes[place % 2];
         for (int64_t pair = begin; pair < min_of(begin + kStrip, pairs); ++pair)
           for (int64_t tile = 0; tile < tiles; ++tile) {
-            load_tile<kTurned>(turned + (pair * tiles + tile) * kTile, kLineBytes);
+            load_tile<kTurned>(turned + ((pair - begin) * tiles + tile) * kTile, kLineBytes);
             const BFloat* lines = plane.line(rest, pair + place / 2,
                                              tile * kTileSide + (kLead - K / 2) * dilation);
             each_column([&](auto k) PDARTS_LAMBDA {
@@ -292,8 +294,8 @@ PDARTS_SHARED void dense_weights(const BFloat* turned, const PairedRows* planes,
           }
         each_column([&](auto k) PDARTS_LAMBDA { store_tile<k.value>(sum + k.value * V * V, kLineBytes); });
       }
+    }
     before += pairs;
-    turned += pairs * tiles * kTile;
   }
 }
 

@@ -65,10 +65,9 @@ void conv_backward(const Task& t, const Sizes& s, const Branch& b, const Packed<
 #ifdef PDARTS_AMX
   if constexpr (std::is_same<T, BFloat>::value)
     if (s.dense) {
-      dense_gradient(t, b, n, w.dense.planes.of(b), packed.grad_pointwise ? w.dense.turned : nullptr);
       WholeTiles whole;
       const GradientAhead gradient = next_ahead<T>(t, next);
-      if (packed.grad_pointwise) dense_weights(t, b, packed, group, n, w.input, w.dense, gradient.second);
+      dense_gradients(t, b, packed, group, n, w.input, w.dense, gradient.second);
       Aheads asked;
       asked.add(gradient.first);
       if (!packed.grad_pointwise) asked.add(gradient.second);

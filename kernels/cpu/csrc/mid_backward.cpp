@@ -146,18 +146,16 @@ void image_backward(const Task& t, const Branch& b, const Packed<T>& packed, int
     if (w.is_dense) {
       const PairedRows* planes = w.input.all[b.dilation - 1];
       const PairedRows& plane = w.dense.planes.of(b);
-      dense_gradient(t, b, n, plane, packed.grad_pointwise ? w.dense.turned : nullptr);
       const GradientAhead gradient = next_ahead<T>(t, next);
       WholeTiles whole;
       Aheads asked;
       asked.add(ahead);
       asked.add(gradient.first);
-      if (packed.grad_pointwise) {
+      if (packed.grad_pointwise)
         fill_in_turns(planes[0], planes[1], [&](int64_t p) PDARTS_LAMBDA { return forward(p, 0); });
-        dense_weights(t, b, packed, group, n, w.input, w.dense, gradient.second);
-      } else {
+      else
         asked.add(gradient.second);
-      }
+      dense_gradients(t, b, packed, group, n, w.input, w.dense, gradient.second);
       each_pair(plane, [&](const RowPair& pair) PDARTS_LAMBDA {
         const int64_t tiled = tiled_width(width) * V;
         dense_rows(b, plane, packed.dense, pair, w.sums, w.sums + tiled, false, asked);

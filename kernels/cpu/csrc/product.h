@@ -83,13 +83,12 @@ PDARTS_INLINE int64_t operand_floats(int64_t pixels, int64_t depth) {
 PDARTS_INLINE const float* right_side(float* rows, int64_t, int64_t) { return rows; }
 
 #ifdef PDARTS_BF16
-// Numbers of two pixels in turns: lane i has channel i of both.
-PDARTS_INLINE Bits in_turns(__m256i first, __m256i second) {
+// Numbers of two pixels, one behind the other, in turns: lane i has channel i of both.
+PDARTS_INLINE __m512i in_turns(__m512i both) {
   const __m512i places =
       _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
                        20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
-  return (Bits)_mm512_permutexvar_epi16(places, both);
+  return _mm512_permutexvar_epi16(places, both);
 }
 
 PDARTS_INLINE __m256i channels_of(const BFloat* pixel) {
@@ -102,7 +101,7 @@ PDARTS_INLINE Bits pixel_pair(const BFloat* rows, int64_t p, int64_t pixels, int
   const auto numbers = [&](int64_t pixel) {
     return pixel < pixels ? channels_of(rows + pixel * columns + c) : _mm256_setzero_si256();
   };
-  return in_turns(numbers(p), numbers(p + 1));
+  return (Bits)in_turns(_mm512_inserti64x4(_mm512_castsi256_si512(numbers(p)), numbers(p + 1), 1));
 }
 
 // Two pixels a lane, into the room behind the rows.
