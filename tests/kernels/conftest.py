@@ -13,10 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from pdarts_fast.kernels import calls, plan
 from pdarts_fast.kernels import cell as fused
+from pdarts_fast.kernels.calls import Call, CellCalls
 from pdarts_fast.kernels.cpu import compile as compiler
 from pdarts_fast.kernels.cpu import library
 from pdarts_fast.kernels.cpu import load as cpu
+from pdarts_fast.kernels.interface import Arrays
+from pdarts_fast.kernels.reference import Reference
+from pdarts_fast.kernels.weights import Weights, layout
 from pdarts_fast.skip_dropout import DropoutControl
 from pdarts_fast.supernet import Cell
 
@@ -79,6 +84,76 @@ class Case:
         s0 = torch.randn(self.batch, 2 * self.channels, *shape).double()
         s1 = torch.randn(self.batch, 4 * self.channels, self.height, self.width).double()
         return s0, s1, torch.rand(14, self.live).double()
+
+
+class Bench:
+    """The same random arrays for both sets of primitives.
+
+    Attributes:
+        calls: Of a cell with every primitive on every edge.
+        out: Height and width of an output.
+    """
+
+    def __init__(self, channels: int, size: tuple[int, int, int], reduction: bool) -> None:
+        batch, height, width = size
+        self.key = plan.make_key(
+            [[True] * 8] * 14,
+            channels=channels,
+            in_channels=(2 * channels, 4 * channels),
+            reduction=reduction,
+            reduction_prev=True,
+            steps=4,
+            multiplier=4,
+            index=2,
+            dropout=True,
+        )
+        self.plan = plan.from_key(self.key)
+        self.calls: CellCalls = calls.of(self.key)
+        self.channels = channels
+        self.larger = (batch, height, width, channels)
+        divisor = 2 if reduction else 1
+        self.smaller = (batch, -(-height // divisor), -(-width // divisor), channels)
+        torch.manual_seed(0)
+        where = layout(self.key, channels, self.plan.in_channels)
+        self.flat = torch.randn(where.total).double() * 0.3
+        shape = self.smaller
+        self.y = torch.randn(self.plan.num_slots, *shape).double()
+        self.states = [torch.randn(*(self.larger if i < 2 else shape)).double() for i in range(6)]
+        self.grads = [torch.randn(*shape).double() for _ in range(4)]
+        self.half_grads = torch.randn(self.calls.num_halves, *shape).double()
+        # The backward pass of a maximum compares x with y: y must be what it would be in a cell.
+        arrays = self.arrays(torch.float64)
+        for source, call in enumerate(self.calls.leave):
+            sums = torch.zeros(len(call.items), 2, channels, dtype=torch.float64)
+            Reference().fan_out(call, arrays, arrays.states[source], sums)
+        self.y = arrays.y
+
+    def random(self, *shape: int) -> Tensor:
+        """float64 noise that depends on the shape alone."""
+        return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).double()
+
+    def arrays(self, dtype: torch.dtype, want_gradients: bool = True) -> Arrays:
+        """Copies of the arrays in a storage dtype."""
+        where = layout(self.key, self.channels, self.plan.in_channels)
+        weights = Weights(where, self.flat, self.flat.dtype, want_gradients=False)
+        weights.flat = self.flat.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        weights.grad = torch.zeros_like(weights.flat) if want_gradients else None
+        return Arrays(
+            y=self.y.to(dtype, copy=True),
+            states=[state.to(dtype, copy=True) for state in self.states],
+            weights=weights,
+            rate=torch.tensor([0.25]),
+            state=torch.tensor([3, 4]),
+            channels=self.channels,
+            training=True,
+            grads=[grad.to(dtype) for grad in self.grads],
+            half_grads=self.half_grads.to(dtype, copy=True),
+        )
+
+    @staticmethod
+    def sums_like(call: Call, *shape: int) -> Tensor:
+        """Zeros for what a primitive sums up for every item of a call."""
+        return torch.zeros(len(call.items), *shape, dtype=torch.float64)
 
 
 def run_cell(
@@ -182,7 +257,7 @@ def compiled() -> str:
 def amx_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A library whose variant ``amx`` runs here: the installed one, or one that emulates AMX."""
     found = cpu.availability()
-    if not found.usable:
+    if INTERPRETED or not found.usable:
         pytest.skip("needs the C++ kernels")
     installed = library.load()
     runs = {name for name, runs, _ in library.variants(installed.handle) if runs}
@@ -198,6 +273,12 @@ def amx_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_case() -> Callable[..., Case]:
     """Makes a ``Case``."""
     return Case
+
+
+@pytest.fixture
+def make_bench() -> Callable[..., Bench]:
+    """Makes a ``Bench``."""
+    return Bench
 
 
 @pytest.fixture

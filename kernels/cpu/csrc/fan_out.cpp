@@ -27,6 +27,7 @@ struct Packed {
   float* expanded;  // the pointwise weights before packing where they are not the parameter
   double* moments;  // [groups, 2, C]
   E* dense;         // see dense.h
+  bool repeated;    // a pool that an earlier branch computes, too
 };
 
 int64_t depth_of(const Task& t, const Branch& b) {
@@ -38,7 +39,7 @@ bool has_product(const Branch& b) { return !is_pool(b.kind); }
 // The first of the pools that are the same, of which one is computed, or branch i itself.
 int64_t first_same(const Task& t, int64_t i) {
   const Branch& b = t.branches[i];
-  if (has_product(b) || b.y) return i;
+  if (!is_recomputed(b)) return i;
   int64_t first = 0;
   while (t.branches[first].kind != b.kind || t.branches[first].stride != b.stride) ++first;
   return first;
@@ -53,7 +54,8 @@ Packed<E>* prepare(const Task& t, Scratch& scratch) {
     Packed<E>& p = packed[i];
     p = Packed<E>{};
     const int64_t same = first_same(t, i);
-    p.moments = same < i ? packed[same].moments : scratch.take<double>(t.groups * 2 * t.channels);
+    p.repeated = same < i;
+    p.moments = p.repeated ? packed[same].moments : scratch.take<double>(t.groups * 2 * t.channels);
     if (!has_product(b)) continue;
     p.pointwise = scratch.take<E>(depth_of(t, b) * t.channels);
     if (b.kind == kFactorized) p.expanded = scratch.take<float>(depth_of(t, b) * t.channels);
@@ -69,7 +71,7 @@ void pack(const Task& t, const Packed<E>* packed, Member& member) {
   each(member, t.num_branches, 1, [&](int64_t i) {
     const Branch& b = t.branches[i];
     const Packed<E>& p = packed[i];
-    if (first_same(t, i) < i) return;
+    if (p.repeated) return;
     std::memset(p.moments, 0, static_cast<size_t>(t.groups * 2 * t.channels) * sizeof(double));
     if (!has_product(b)) return;
     const int64_t depth = depth_of(t, b);
@@ -331,7 +333,7 @@ void run(const Task& t, bool second) {
           });
         for (int64_t i = 0; i < t.num_branches; ++i) {
           const Branch& b = t.branches[i];
-          if (first_same(t, i) < i) continue;
+          if (packed[i].repeated) continue;
           if (second) {
             const T* in = static_cast<const T*>(b.input) + n * pixels * b.input_stride;
             fill_input(t, work, &b, [&](int64_t p, int64_t block) PDARTS_LAMBDA {

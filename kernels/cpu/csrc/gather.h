@@ -2,7 +2,7 @@
 // a 1x1 convolution or a factorized reduce, patches of an image.
 #pragma once
 
-#include "scratch.h"
+#include "product.h"
 
 namespace pdarts {
 namespace PDARTS_VARIANT {
@@ -95,12 +95,8 @@ PDARTS_INLINE void copy_pixel(const Parts& parts, const T* from, E* to) {
 #ifdef PDARTS_BF16
   if constexpr (std::is_same<T, BFloat>::value)
     if (parts.channels == V && parts.count % 2 == 0) {
-      const auto half = [](const BFloat* x) PDARTS_LAMBDA {
-        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-      };
       for (int64_t i = 0; i < parts.count; i += 2, from += 2 * parts.step, to += 2 * V)
-        _mm512_storeu_si512(to, rectified(_mm512_inserti64x4(_mm512_castsi256_si512(half(from)),
-                                                             half(from + parts.step), 1)));
+        _mm512_storeu_si512(to, rectified(join(channels_of(from), channels_of(from + parts.step))));
       return;
     }
 #endif

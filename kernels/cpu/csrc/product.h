@@ -95,13 +95,17 @@ PDARTS_INLINE __m256i channels_of(const BFloat* pixel) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pixel));
 }
 
+PDARTS_INLINE __m512i join(__m256i first, __m256i second) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+}
+
 // Channels c to c + V of pixels p and p + 1; zero for pixels that there are not.
 PDARTS_INLINE Bits pixel_pair(const BFloat* rows, int64_t p, int64_t pixels, int64_t columns,
                               int64_t c) {
   const auto numbers = [&](int64_t pixel) {
     return pixel < pixels ? channels_of(rows + pixel * columns + c) : _mm256_setzero_si256();
   };
-  return (Bits)in_turns(_mm512_inserti64x4(_mm512_castsi256_si512(numbers(p)), numbers(p + 1), 1));
+  return (Bits)in_turns(join(numbers(p), numbers(p + 1)));
 }
 
 // Two pixels a lane, into the room behind the rows.
