@@ -15,27 +15,30 @@ PDARTS_INLINE void ask_for(const void* line) { __builtin_prefetch(line, 0, 2); }
 // while it computes.
 struct Ahead {
   const char* data;
-  int64_t pixel_bytes, block_bytes;
+  int64_t pixel_bytes;
+  int block_bits, line_bits;  // of the bytes of a channel block, of blocks in a line
+
+  // Of a power of two: to divide takes longer than to ask.
+  static constexpr int bits(int64_t size) { return size > 1 ? 1 + bits(size / 2) : 0; }
 
   template <class T>
   static Ahead of(const T* first, int64_t stride) {
-    const int64_t size = static_cast<int64_t>(sizeof(T));
-    return {reinterpret_cast<const char*>(first), stride * size, V * size};
+    constexpr int64_t kSize = sizeof(T);
+    constexpr int kLineBits = bits(64 / (V * kSize));
+    return {reinterpret_cast<const char*>(first), stride * kSize, bits(64) - kLineBits, kLineBits};
   }
 
-  Ahead from(int64_t pixel) const {
-    return {data + pixel * pixel_bytes, pixel_bytes, block_bytes};
-  }
+  Ahead from(int64_t pixel) const { return {data + pixel * pixel_bytes, pixel_bytes, block_bits, line_bits}; }
 
   PDARTS_INLINE_METHOD void ask(int64_t pixel, int64_t block) const {
-    ask_for(data + pixel * pixel_bytes + block * block_bytes);
+    ask_for(data + pixel * pixel_bytes + (block << block_bits));
   }
 
   // A block's share of the lines of pixels [first, first + count).
   PDARTS_INLINE_METHOD void ask_share(int64_t first, int64_t count, int64_t block) const {
     if (pixel_bytes < 64) return ask_all(first, count);
-    const int64_t blocks = 64 / block_bytes, share = count / blocks;
-    const char* p = data + (first + block % blocks * share) * pixel_bytes + block / blocks * 64;
+    const int64_t share = count >> line_bits, number = block & ((int64_t{1} << line_bits) - 1);
+    const char* p = data + (first + number * share) * pixel_bytes + (block >> line_bits) * 64;
     for (int64_t i = 0; i < share; ++i, p += pixel_bytes) ask_for(p);
   }
 

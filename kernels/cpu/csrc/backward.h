@@ -144,35 +144,35 @@ PDARTS_SHARED void finish_backward(const Task& t, const BackwardBranch<E>* all, 
   });
 }
 
-// dy [pixels, C] = coef[0] * grad + coef[1] * y + coef[2], for pixels from `first` of the batch.
+// dy = coef[0] * grad + coef[1] * y + coef[2] of a channel block, for pixels from `first` of the batch.
+template <class T>
+struct OutputGradient {
+  const T *grad, *y;
+  int64_t grad_stride, y_stride;
+  Vec of_grad, of_y, constant;
+
+  static OutputGradient of(const Task& t, const Branch& b, int64_t first, int64_t c) {
+    return {static_cast<const T*>(b.grad) + first * b.grad_stride + c,
+            static_cast<const T*>(b.y) + first * t.channels + c,
+            b.grad_stride,
+            t.channels,
+            load(b.coef + c),
+            load(b.coef + t.channels + c),
+            load(b.coef + 2 * t.channels + c)};
+  }
+
+  PDARTS_INLINE_METHOD Vec operator()(int64_t p) const {
+    // Two multiply-adds: sums are made from the left otherwise, of a product and two additions.
+    return of_grad * load(grad + p * grad_stride) + (of_y * load(y + p * y_stride) + constant);
+  }
+};
+
+// dy [pixels, C], for pixels from `first` of the batch.
 template <class T, class E>
 PDARTS_INLINE void output_gradient(const Task& t, const Branch& b, int64_t first, int64_t pixels,
                                    E* dy) {
-  const int64_t channels = t.channels;
-  const T* g = static_cast<const T*>(b.grad) + first * b.grad_stride;
-  const T* y = static_cast<const T*>(b.y) + first * channels;
-  for (int64_t c = 0; c < channels; c += V) {
-    const Vec first = load(b.coef + c), second = load(b.coef + channels + c);
-    const Vec third = load(b.coef + 2 * channels + c);
-    for (int64_t p = 0; p < pixels; ++p) {
-      const Vec grad = load(g + p * b.grad_stride + c), of_y = load(y + p * channels + c);
-      store(dy + p * channels + c, first * grad + second * of_y + third);
-    }
-  }
-}
-
-// dy [pixels, C] += coef[0] * grad, for pixels from `first` of the batch.
-template <class T>
-PDARTS_INLINE void add_scaled_gradient(const Task& t, const Branch& b, int64_t first,
-                                       int64_t pixels, float* dy) {
-  const T* g = static_cast<const T*>(b.grad) + first * b.grad_stride;
-  for (int64_t c = 0; c < t.channels; c += V) {
-    const Vec factor = load(b.coef + c);
-    for (int64_t p = 0; p < pixels; ++p) {
-      float* o = dy + p * t.channels + c;
-      store(o, load(o) + factor * load(g + p * b.grad_stride + c));
-    }
-  }
+  round_chunk(pixels, t.channels, dy,
+              [&](int64_t c) PDARTS_LAMBDA { return OutputGradient<T>::of(t, b, first, c); });
 }
 
 // What output_gradient reads next: a gradient and y.
@@ -200,6 +200,18 @@ template <class E, class A>
 PDARTS_SHARED void product_into_plane(const E* dy, int64_t pixels, int64_t channels,
                                       const E* pointwise, const int32_t* places,
                                       const Plane& grad, const A& ahead) {
+#ifdef PDARTS_AMX
+  // Rows of whole tiles, which are stored where they belong.
+  if constexpr (std::is_same<E, BFloat>::value)
+    if (grad.width % kTileSide == 0)
+      return product_tiles(
+          dy, channels, pixels, channels, pointwise, channels, kLineBytes,
+          [&](int64_t pixel, int64_t c)
+              PDARTS_LAMBDA { return grad.data + c / V * grad.plane + places[pixel]; },
+          [&](int64_t pixel, int64_t rows, int64_t c) PDARTS_LAMBDA {
+            for (int64_t row = 0; row < rows; ++row) ahead.ask(pixel + row, c / V);
+          });
+#endif
   product(dy, channels, pixels, channels, pointwise, channels,
           [&](int64_t p, int64_t block, Vec v) {
             ahead.ask(p, block);
@@ -244,8 +256,8 @@ PDARTS_INLINE void pointwise_backward(const Task& t, const Branch& b,
   };
   if (!packed.grad_pointwise) return into_plane(ahead);
   if (kAskInStencils && b.stride == 1) {
-    into_plane(NothingAhead{});
     forward(ahead.second);
+    into_plane(NothingAhead{});
   } else {
     into_plane(ahead);
     forward(NothingAhead{});
@@ -290,30 +302,9 @@ struct DenseGradients {
   }
 };
 
-// dy of a dense convolution of image n: what `dense_gradient` reads.
-struct DenseGradient {
-  const BFloat *grad, *y;
-  int64_t grad_stride;
-  Vec of_grad, of_y, constant;
-
-  static DenseGradient of(const Task& t, const Branch& b, int64_t n) {
-    const int64_t first = n * t.out_height * t.out_width;
-    return {static_cast<const BFloat*>(b.grad) + first * b.grad_stride,
-            static_cast<const BFloat*>(b.y) + first * V,
-            b.grad_stride,
-            load(b.coef),
-            load(b.coef + V),
-            load(b.coef + 2 * V)};
-  }
-
-  PDARTS_INLINE_METHOD Vec at(int64_t pixel) const {
-    return of_grad * load(grad + pixel * grad_stride) + of_y * load(y + pixel * V) + constant;
-  }
-};
-
 // dy of a pair of rows into its plane and, unless that is null, turned: tiles with a channel a row, pixels of
-// two rows in turns. Returns where those of the next pair begin.
-PDARTS_SHARED BFloat* dense_gradient(const DenseGradient& dy, const PairedRows& plane, const RowPair& pair,
+// two rows in turns. Returns where those of the next pair begin. `dy` is a copy, which nothing overwrites.
+PDARTS_SHARED BFloat* dense_gradient(OutputGradient<BFloat> dy, const PairedRows& plane, const RowPair& pair,
                                      BFloat* turned) {
   const int64_t row = pair.row, width = plane.width, step = plane.dilation * width;
   BFloat *first = plane.row(row), *second = plane.row(row + plane.dilation);
@@ -327,21 +318,18 @@ PDARTS_SHARED BFloat* dense_gradient(const DenseGradient& dy, const PairedRows& 
         continue;
       }
       const int64_t column = begin + i, p = row * width + column;
-      const __m512i line = as_line(dy.at(p), pair.count == 2 ? dy.at(p + step) : Vec{});
+      const __m512i line = as_line(dy(p), pair.count == 2 ? dy(p + step) : Vec{});
       if (one_line) {
-        _mm512_storeu_si512(first + column * kLine, line);
+        store(first + column * kLine, line);
       } else {
-        auto* to_first = reinterpret_cast<__m256i*>(first + column * kLine);
-        auto* to_second = reinterpret_cast<__m256i*>(second + column * kLine);
-        _mm256_storeu_si256(to_first, _mm512_castsi512_si256(line));
-        _mm256_storeu_si256(to_second, _mm512_extracti64x4_epi64(line, 1));
+        store_halves(first + column * kLine, second - first, line);
       }
       pairs[i] = in_turns(line);
     }
     if (!turned) continue;
     transpose(pairs, to);
     PDARTS_UNROLL
-    for (int i = 0; i < V; ++i, turned += kLine) _mm512_storeu_si512(turned, to[i]);
+    for (int i = 0; i < V; ++i, turned += kLine) store(turned, to[i]);
   }
   return turned;
 }
@@ -351,7 +339,7 @@ PDARTS_SHARED BFloat* dense_gradient(const DenseGradient& dy, const PairedRows& 
 PDARTS_SHARED void dense_gradients(const Task& t, const Branch& b, const BackwardBranch<BFloat>& packed,
                                    int64_t group, int64_t n, const DensePlanes& input,
                                    const DenseGradients& w, const Ahead& ahead) {
-  const DenseGradient dy = DenseGradient::of(t, b, n);
+  const auto dy = OutputGradient<BFloat>::of(t, b, n * t.out_height * t.out_width, 0);
   const PairedRows& plane = w.planes.of(b);
   if (!packed.grad_pointwise)
     return each_pair(plane, [&](const RowPair& pair) { dense_gradient(dy, plane, pair, nullptr); });

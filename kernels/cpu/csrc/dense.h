@@ -9,50 +9,24 @@
 //   M[tap][o][c] = sum over pixels of dy[o] v[c] shifted by the tap
 //
 // both weight gradients follow, dW[o][c] = sum over taps of d M and dd[c][tap] = sum over o of W M, so that
-// neither the depthwise output nor its gradient is computed. With 32 channels the stencil is faster.
-//
-// A tile multiplies 16 pixels by 32 terms of a sum: the channels of two rows that a kernel's taps meet one
-// after the other, those of a line. Two rows of outputs read the same lines with different weights:
-//
-//   plane row   i  i+1 | i+2 i+3 | i+4 i+5      kernel of 5, output rows i and i + 1 of a class
-//   first       d0  d1 |  d2  d3 |  d4   0
-//   second       0  d0 |  d1  d2 |  d3  d4
-//
-// With 3 taps a row the lines begin one row later. Rows of a dilated kernel skip some: a class is the rows
-// whose numbers leave the same remainder.
+// neither the depthwise output nor its gradient is computed. With 32 channels the stencil is faster. What a
+// convolution reads is laid out in paired_rows.h.
 #pragma once
 
 #include "depthwise.h"
-#include "lines.h"
+#include "paired_rows.h"
 #include "tiles.h"
 
 namespace pdarts {
 namespace PDARTS_VARIANT {
 
-constexpr int64_t kLead = 2;  // rows of zeros in front of a class, columns likewise
-
 #ifdef PDARTS_AMX
 
-constexpr int64_t kLine = 2 * V;      // numbers of a line: two rows of a pixel
 constexpr int64_t kTile = V * kLine;  // numbers of a tile of bfloat16
-constexpr int64_t kLineBytes = 64;
 constexpr int64_t kMostTaps = 25;
 
-// Tile registers while `WholeTiles` lives. Forward 0 to 3 are sums, for the weights' gradients 0 to 4.
-enum DenseTile {
-  kPixels = 4,
-  kNextPixels = 5,
-  kFirstRow = 6,
-  kSecondRow = 7,
-  kEvenColumn = 5,
-  kOddColumn = 6,
-  kTurned = 7
-};
-
-// Pixels of a row in whole tiles.
-PDARTS_INLINE int64_t tiled_width(int64_t width) {
-  return (width + kTileSide - 1) / kTileSide * kTileSide;
-}
+// Tile registers while `WholeTiles` lives. Forward 0 to 3 are sums, for the weights' gradients 0 to K - 1.
+enum DenseTile { kPixels = 4, kNextPixels = 5, kFirstRow = 6, kSecondRow = 7, kTurned = 7 };
 
 // Whether a task's depthwise convolutions are computed as dense ones: rows fill most of their tiles.
 template <class T>
@@ -67,97 +41,6 @@ PDARTS_INLINE bool is_dense(const Task& t) {
     any = true;
   }
   return any;
-}
-
-// A zero-padded image as lines: [class][pair of rows][column][2][16].
-struct PairedRows {
-  BFloat* data;
-  int64_t height, width, dilation;
-  bool late;  // a line begins with an odd row
-
-  // Pairs of rows of a class; the first one has most.
-  int64_t pairs(int64_t rest) const {
-    const int64_t rows = (height - rest + dilation - 1) / dilation;
-    return (rows + 1) / 2;
-  }
-
-  int64_t lines() const { return pairs(0) + kLead; }
-  int64_t columns() const { return tiled_width(width) + 2 * kLead * dilation; }
-  int64_t size() const { return dilation * lines() * columns() * kLine; }
-
-  static PairedRows make(Scratch& scratch, int64_t height, int64_t width, int64_t dilation, bool late) {
-    PairedRows p{nullptr, height, width, dilation, late};
-    p.data = scratch.take<BFloat>(p.size());
-    std::memset(p.data, 0, static_cast<size_t>(p.size()) * sizeof(BFloat));
-    return p;
-  }
-
-  BFloat* line(int64_t rest, int64_t pair, int64_t column) const {
-    return data + ((rest * lines() + pair) * columns() + column) * kLine;
-  }
-
-  // Where the first pixel of a row is; pixels are a line apart.
-  BFloat* row(int64_t number) const {
-    const int64_t place = number / dilation + kLead - late;
-    return line(number % dilation, place / 2, kLead * dilation) + place % 2 * V;
-  }
-};
-
-// Two rows of a class, `dilation` apart; a last one may be alone.
-struct RowPair {
-  int64_t rest, row, count;
-  int64_t number;  // of pairs before this one
-};
-
-// Pair `index` of a class.
-PDARTS_INLINE RowPair pair_of(const PairedRows& plane, int64_t rest, int64_t index, int64_t number) {
-  const int64_t row = rest + 2 * plane.dilation * index;
-  return {rest, row, row + plane.dilation < plane.height ? 2 : 1, number};
-}
-
-// f(pair) for all rows of an image.
-template <class F>
-PDARTS_INLINE void each_pair(const PairedRows& plane, F f) {
-  int64_t number = 0;
-  for (int64_t rest = 0; rest < plane.dilation; ++rest)
-    for (int64_t i = 0; i < plane.pairs(rest); ++i) f(pair_of(plane, rest, i, number++));
-}
-
-// plane = f(pixel) for every pixel of the image, in all planes that are not null.
-template <class F>
-PDARTS_INLINE void fill_rows(int64_t height, int64_t width, const PairedRows* early, const PairedRows* late,
-                             F f) {
-  for (int64_t row = 0; row < height; ++row) {
-    BFloat* first = early ? early->row(row) : nullptr;
-    BFloat* second = late ? late->row(row) : nullptr;
-    for (int64_t column = 0; column < width; ++column) {
-      const Vec v = f(row * width + column);
-      if (first) store(first + column * kLine, v);
-      if (second) store(second + column * kLine, v);
-    }
-  }
-}
-
-// Both planes = f(pixel) for every pixel of the image, with the channels of a line's rows in turns.
-template <class F>
-PDARTS_INLINE void fill_in_turns(const PairedRows& early, const PairedRows& late, F f) {
-  const int64_t width = early.width, step = early.dilation;
-  const auto fill_line = [&](BFloat* to, int64_t row, auto first, auto second) PDARTS_LAMBDA {
-    for (int64_t column = 0; column < width; ++column) {
-      const int64_t p = row * width + column;
-      const __m512i line = as_line(first.value ? f(p) : Vec{}, second.value ? f(p + step * width) : Vec{});
-      _mm512_storeu_si512(to + column * kLine, in_turns(line));
-    }
-  };
-  // Lines of rows `row` and `row + step`.
-  for (int64_t row = -step; row < early.height; ++row) {
-    if (row < 0 && row + step >= early.height) continue;
-    const bool is_late = (row + step) / step % 2 == 0;
-    BFloat* to = is_late ? late.row(row + step) - V : early.row(row);
-    if (row < 0) fill_line(to, row, Int<0>{}, Int<1>{});
-    else if (row + step < early.height) fill_line(to, row, Int<1>{}, Int<1>{});
-    else fill_line(to, row, Int<1>{}, Int<0>{});
-  }
 }
 
 // Tiles of a convolution's W d: [pairs of rows][column of the kernel][row of outputs][tile].
@@ -186,7 +69,7 @@ PDARTS_SHARED void pack_dense(const Branch& b, const float* depthwise, bool tran
             return load(matrix[c]) * (transposed ? load(d) : broadcast(d[c]));
           };
           for (int64_t c = 0; c < V; c += 2, to += kLine)
-            _mm512_storeu_si512(to, in_turns(as_line(term(c), term(c + 1))));
+            store(to, in_turns(as_line(term(c), term(c + 1))));
         }
 }
 
@@ -215,7 +98,7 @@ PDARTS_SHARED void dense_rows(const PairedRows& plane, const BFloat* weights, co
     }
     const BFloat* w = weights;
     const BFloat* lines =
-        plane.line(pair.rest, pair.row / plane.dilation / 2, column + (kLead - K / 2) * plane.dilation);
+        plane.line(pair.rest, plane.number_of(pair.row) / 2, column + (kLead - K / 2) * plane.dilation);
     int64_t asked = pair.number * 2 * plane.width + 2 * column;
     for (int i = 0; i < kLines; ++i, lines += next_line) {
       PDARTS_UNROLL
@@ -282,14 +165,20 @@ PDARTS_INLINE void dense_weights(const BFloat* turned, const PairedRows* planes,
         const PairedRows& plane = planes[place % 2];
         for (int64_t pair = begin; pair < min_of(begin + kStrip, pairs); ++pair)
           for (int64_t tile = 0; tile < tiles; ++tile) {
-            load_tile<kTurned>(turned + ((pair - begin) * tiles + tile) * kTile, kLineBytes);
             const BFloat* lines = plane.line(rest, pair + place / 2,
                                              tile * kTileSide + (kLead - K / 2) * dilation);
-            each_column([&](auto k) PDARTS_LAMBDA {
-              constexpr int kRight = k.value % 2 ? kOddColumn : kEvenColumn;
-              load_tile<kRight>(lines + k.value * dilation * kLine, kLineBytes);
-              multiply_tiles<k.value, kTurned, kRight>();
-            });
+            // With 3 sums dy and v alternate between five registers: a load waits for the products that read
+            // what was there (0.83 of the time).
+            const auto multiply = [&](auto left) PDARTS_LAMBDA {
+              load_tile<left.value>(turned + ((pair - begin) * tiles + tile) * kTile, kLineBytes);
+              each_column([&](auto k) PDARTS_LAMBDA {
+                constexpr int kRight = K + k.value % (K == 3 ? 3 : 2);
+                load_tile<kRight>(lines + k.value * dilation * kLine, kLineBytes);
+                multiply_tiles<k.value, left.value, kRight>();
+              });
+            };
+            if (K == 3 && tile % 2) multiply(Int<kTurned - 1>{});
+            else multiply(Int<kTurned>{});
             ahead.ask_all(((before + pair) * tiles + tile) * 2 * kTileSide + i * kAsked, kAsked);
           }
         each_column([&](auto k) PDARTS_LAMBDA { store_tile<k.value>(sum + k.value * V * V, kLineBytes); });
@@ -298,55 +187,6 @@ PDARTS_INLINE void dense_weights(const BFloat* turned, const PairedRows* planes,
     before += pairs;
   }
 }
-
-// A thread's planes of an image, for the convolutions of a task.
-struct DensePlanes {
-  PairedRows all[2][2];  // [dilation - 1][late]
-
-  // Those that a convolution reads.
-  const PairedRows& of(const Branch& b) const { return all[b.dilation - 1][b.kernel == 3]; }
-
-  // Calls f(early, late) for each dilation; null where there is no plane.
-  template <class F>
-  void each(F f) const {
-    for (const PairedRows* planes : all) {
-      const PairedRows* early = planes[0].data ? &planes[0] : nullptr;
-      const PairedRows* late = planes[1].data ? &planes[1] : nullptr;
-      if (early || late) f(early, late);
-    }
-  }
-
-  // Room for what `make` takes.
-  static int64_t bytes(const Task& t) {
-    int64_t bytes = 0;
-    for (int64_t dilation = 1; dilation <= 2; ++dilation) {
-      const PairedRows plane{nullptr, t.out_height, t.out_width, dilation, false};
-      bytes += 2 * Scratch::bytes_for<BFloat>(plane.size());
-    }
-    return bytes;
-  }
-
-  // Makes those that the task's convolutions read; `both` of each dilation for the weights' gradients.
-  static DensePlanes make(const Task& t, Scratch& scratch, bool both) {
-    bool read[2][2] = {};
-    for (int64_t i = 0; i < t.num_branches; ++i) {
-      const Branch& b = t.branches[i];
-      if (b.kind != kConv) continue;
-      bool* late = read[b.dilation - 1];
-      late[0] |= both || b.kernel == 5;
-      late[1] |= both || b.kernel == 3;
-    }
-    DensePlanes planes{};
-    for (int i = 0; i < 2; ++i)
-      for (int late = 0; late < 2; ++late)
-        if (read[i][late])
-          planes.all[i][late] = PairedRows::make(scratch, t.out_height, t.out_width, i + 1, late == 1);
-    return planes;
-  }
-};
-
-// Numbers of two rows of outputs in whole tiles.
-PDARTS_INLINE int64_t pair_numbers(const Task& t) { return 2 * tiled_width(t.out_width) * V; }
 
 // Adds what follows from M to the weight gradients, packed [taps][16] and [16][16], or begins them.
 // `depthwise` is packed.
@@ -378,8 +218,6 @@ constexpr bool is_dense(const Task&) {
 }
 
 constexpr int64_t dense_numbers(const Task&, const Branch&) { return 0; }
-
-constexpr int64_t tiled_width(int64_t width) { return width; }
 
 #endif  // PDARTS_AMX
 

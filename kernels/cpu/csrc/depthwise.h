@@ -4,7 +4,7 @@
 // so the loops are bound by multiply-adds and not by loads.
 #pragma once
 
-#include "scratch.h"
+#include "lines.h"
 
 namespace pdarts {
 namespace PDARTS_VARIANT {
@@ -66,7 +66,8 @@ PDARTS_INLINE void depthwise_block(const float* p, int64_t row_stride, const flo
   }
 }
 
-// N columns of a row, of which the first `count` are wanted: put(row, column, block, value).
+// N columns of a row, of which the first `count` are wanted: put(row, column, block, values, Int<how many>)
+// of two neighbours, or of one.
 template <int K, int D, int S, int N, class Put>
 PDARTS_INLINE void depthwise_columns(const Plane& src, int64_t padding, const float* taps,
                                      int64_t block, int64_t row, int64_t column, int64_t count,
@@ -76,14 +77,13 @@ PDARTS_INLINE void depthwise_columns(const Plane& src, int64_t padding, const fl
   depthwise_block<K, D, S, N>(p, src.stride, taps, acc);
   if (count >= N) {
     PDARTS_UNROLL
-    for (int i = 0; i < N; ++i) put(row, column + i, block, acc[i]);
+    for (int i = 0; i < N; i += 2) put(row, column + i, block, acc + i, Int<2>{});
   } else {
-    for (int64_t i = 0; i < count; ++i) put(row, column + i, block, acc[i]);
+    for (int64_t i = 0; i < count; ++i) put(row, column + i, block, acc + i, Int<1>{});
   }
 }
 
-// Rows [begin, end) of the convolution: put(row, column, channel block, value) once an output. Asks `ahead`
-// for as many pixels.
+// Rows [begin, end) of the convolution: `put` as above, once an output. Asks `ahead` for as many pixels.
 template <int K, int D, int S, class A, class Put>
 PDARTS_INLINE void depthwise_rows(const Plane& src, int64_t padding, const float* w,
                                   int64_t blocks, int64_t begin, int64_t end, int64_t width,
@@ -257,8 +257,10 @@ PDARTS_SHARED void depthwise_chunk(const Branch& b, const Plane& src, const floa
   with_kernel(b, [&](auto k, auto d, auto s) {
     depthwise_rows<k.value, d.value, s.value>(
         src, b.padding, w, channels / V, begin, end, width, ahead,
-        [&](int64_t row, int64_t column, int64_t block, Vec v) {
-          store(a + ((row - begin) * width + column) * channels + block * V, v);
+        [=](int64_t row, int64_t column, int64_t block, const Vec* v, auto count) PDARTS_LAMBDA {
+          E* to = a + ((row - begin) * width + column) * channels + block * V;
+          if constexpr (count.value == 2) store_both(to, channels, v[0], v[1]);
+          else store(to, v[0]);
         });
   });
 }

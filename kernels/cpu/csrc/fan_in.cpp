@@ -22,9 +22,10 @@ PDARTS_SHARED void add_transposed(const Branch& b, const BackwardBranch<E>& pack
     if constexpr (s.value == 1)
       depthwise_rows<k.value, d.value, 1>(
           grad, b.padding, packed.flipped, blocks, 0, dx.height, dx.width, ahead,
-          [&](int64_t row, int64_t column, int64_t block, Vec v) {
+          [=](int64_t row, int64_t column, int64_t block, const Vec* v, auto count) PDARTS_LAMBDA {
             float* o = dx.at(block, row, column);
-            store(o, first ? v : load(o) + v);
+            PDARTS_UNROLL
+            for (int i = 0; i < count.value; ++i, o += V) store(o, first ? v[i] : load(o) + v[i]);
           });
     else
       depthwise_transposed_2<k.value, d.value>(grad, packed.depthwise, b.padding, blocks, dx);
@@ -163,9 +164,10 @@ void pointwise_image(const Task& t, const Packed<T>* packed, int64_t group, int6
                      }
                      const Vec by = load(x + p * t.x_stride + c);
                      Vec dx = masked(load(w.a + from), by);
+                     Vec of_second = two ? masked(load(w.second + from), by) : Vec{};
                      // As if they had been stored and added.
-                     if (incoming || two) dx = as_stored<T>(dx);
-                     if (two) dx += as_stored<T>(masked(load(w.second + from), by));
+                     if (incoming || two) round_both<T>(dx, of_second);
+                     if (two) dx += of_second;
                      return incoming ? dx + load(incoming + p * t.incoming_stride + c) : dx;
                    });
       });
@@ -181,116 +183,80 @@ void pointwise_image(const Task& t, const Packed<T>* packed, int64_t group, int6
   }
 }
 
-// y [out pixels, C] of a pool of an image.
-template <class T>
-const T* pool_output(const Task& t, const Branch& b, int64_t n, const T* image, const Work& w) {
-  if (!is_recomputed(b))
-    return static_cast<const T*>(b.y) + n * t.out_height * t.out_width * t.channels;
-  T* y = reinterpret_cast<T*>(w.fresh);
-  store_pool(t, b, image, 0, t.out_height, y);
-  return y;
-}
-
-// w.pooled = sum of dy over all pools of one kind. They share their y, so it is read once. Returns
-// the first of them, with the y of its image, null if there is none.
-template <class T>
-const Branch* pooled_gradient(const Task& t, int64_t kind, int64_t n, const T* image,
-                              const Work& w, const T*& y) {
-  const int64_t pixels = t.out_height * t.out_width, channels = t.channels;
-  const Branch* first = nullptr;
-  for (int64_t i = 0; i < t.num_branches; ++i) {
-    const Branch& b = t.branches[i];
-    if (b.kind != kind) continue;
-    if (first) {
-      add_scaled_gradient<T>(t, b, n * pixels, pixels, w.pooled);
-      continue;
-    }
-    first = &b;
-    y = pool_output(t, b, n, image, w);
-    float* coef = w.a;
-    std::memcpy(coef, b.coef, static_cast<size_t>(3 * channels) * sizeof(float));
-    for (int64_t j = i + 1; j < t.num_branches; ++j)
-      if (t.branches[j].kind == kind)
-        for (int64_t c = channels; c < 3 * channels; ++c) coef[c] += t.branches[j].coef[c];
-    Branch together = b;
-    together.coef = coef;
-    together.y = const_cast<T*>(y);
-    together.grad = static_cast<const T*>(b.grad) + n * pixels * b.grad_stride;
-    output_gradient<T>(t, together, 0, pixels, w.pooled);
-  }
-  return first;
-}
-
-// Adds all pools of one kind to w.raw: their gradients are summed first, one backward serves all.
-template <class T>
-void pools_backward(const Task& t, int64_t kind, int64_t n, const T* image, const Work& w) {
-  const T* y = nullptr;
-  const Branch* b = pooled_gradient(t, kind, n, image, w, y);
-  if (b) pool_backward(t, *b, image, y, w.pooled, w.a, w.raw);
-}
-
-// Adds scale * grad * factor(pixel, channel) of a skip to w.raw.
+// dx [in_width, C] += scale * grad * factor(pixel of the row, channel) of a skip, for pixels from `first` of the
+// batch.
 template <class T, class Factor>
-PDARTS_INLINE void add_skip(const Task& t, const Branch& b, int64_t n, const Work& w,
-                            Factor factor) {
-  const int64_t pixels = t.out_height * t.out_width, channels = t.channels;
-  const T* g = static_cast<const T*>(b.grad) + n * pixels * b.grad_stride;
-  for (int64_t p = 0; p < pixels; ++p)
-    for (int64_t c = 0; c < channels; c += V) {
-      float* o = w.raw + p * channels + c;
-      const Vec grad = load(b.scale + c) * load(g + p * b.grad_stride + c);
-      store(o, load(o) + grad * factor(p, c));
+PDARTS_INLINE void add_skip(const Task& t, const Branch& b, int64_t first, float* dx, Factor factor) {
+  const int64_t channels = t.channels;
+  const T* g = static_cast<const T*>(b.grad) + first * b.grad_stride;
+  for (int64_t c = 0; c < channels; c += V) {
+    const Vec scale = load(b.scale + c);
+    for (int64_t p = 0; p < t.in_width; ++p) {
+      float* o = dx + p * channels + c;
+      store(o, load(o) + scale * load(g + p * b.grad_stride + c) * factor(p, c));
     }
+  }
 }
 
-// Adds scale * dropout(grad) of a skip to w.raw.
+// dx [in_width, C] += scale * dropout(grad) of a skip, for pixels from `first` of the batch.
 template <class T>
-void skip_backward(const Task& t, const Branch& b, int64_t n, const Work& w) {
-  const int64_t pixels = t.out_height * t.out_width, channels = t.channels;
-  const int64_t real = t.real_channels, first = n * pixels;
+void skip_backward(const Task& t, const Branch& b, int64_t first, float* factors, float* dx) {
+  const int64_t channels = t.channels, real = t.real_channels;
   if (b.mask) {
     const uint8_t* drawn = b.mask + first * channels;
-    add_skip<T>(t, b, n, w,
-                [&](int64_t p, int64_t c) { return load_mask(drawn + p * channels + c); });
+    add_skip<T>(t, b, first, dx, [&](int64_t p, int64_t c) { return load_mask(drawn + p * channels + c); });
   } else if (b.kept) {
     const Vec kept = kept_factor(t);
-    add_skip<T>(t, b, n, w, [&](int64_t p, int64_t c) {
-      return load_kept(b.kept, (first + p) * channels + c, kept);
-    });
+    add_skip<T>(t, b, first, dx,
+                [&](int64_t p, int64_t c) { return load_kept(b.kept, (first + p) * channels + c, kept); });
   } else if (b.stream >= 0) {
-    const float* keep = dropout_factors(t, b, first * real, pixels * real, w.factors);
-    add_skip<T>(t, b, n, w, [&](int64_t p, int64_t c) { return load(keep + p * real + c); });
+    const float* keep = dropout_factors(t, b, first * real, t.in_width * real, factors);
+    add_skip<T>(t, b, first, dx, [&](int64_t p, int64_t c) { return load(keep + p * real + c); });
   } else {
-    add_skip<T>(t, b, n, w, [&](int64_t, int64_t) { return broadcast(1.0f); });
+    add_skip<T>(t, b, first, dx, [&](int64_t, int64_t) { return broadcast(1.0f); });
   }
 }
 
-// out = incoming + raw + (x > 0) * dx of image n; total [2, Cx] += its sums unless that is null.
+// out = incoming + pools + skips + raw + (x > 0) * dx of image n, row by row; total [2, Cx] += its sums unless
+// that is null.
 template <class T>
 void write_image(const Task& t, const Sizes& s, int64_t n, const T* image, const Work& w, double* total) {
   const int64_t pixels = t.in_height * t.in_width, cx = t.in_channels;
   const Parts parts = Parts::of(t);
   const T* incoming = static_cast<const T*>(t.incoming);
   if (incoming) incoming += n * pixels * t.incoming_stride;
+  MaximumBackward<T> most(t, image, n, w.maximum);
+  AverageBackward<T> mean(t, image, n, w.average);
   std::memset(w.sums, 0, static_cast<size_t>(s.sums) * sizeof(float));
   for (int64_t row = 0; row < t.in_height; ++row) {
     const int64_t first = row * t.in_width;
+    float* raw = w.raw + (s.gathered ? first * cx : 0);
+    for (int64_t i = 0; !s.gathered && i < s.raw; i += V) store(raw + i, Vec{});
+    for (int64_t i = 0; i < t.num_branches; ++i)
+      if (t.branches[i].kind == kSkip) skip_backward<T>(t, t.branches[i], n * pixels + first, w.factors, raw);
+    most.add_row(row, raw);
+    mean.add_row(row, raw);
     T* out = static_cast<T*>(t.out) + (n * pixels + first) * t.out_stride;
     parts.each([&](int64_t channel, int64_t offset) {
+      // What is read in the loops, as what they write past the caches may be anything to a compiler.
+      const int64_t x_stride = t.x_stride, incoming_stride = t.incoming_stride, plane = w.dx.plane;
+      const T* x = image + offset + first * x_stride;
+      const T* more = incoming ? incoming + offset + first * incoming_stride : nullptr;
+      const float* from = s.raw ? raw + channel : nullptr;
+      const float* dx = s.conv ? w.dx.at(channel / V, row, 0) : nullptr;
+      float* sums = total ? w.sums + channel : nullptr;
       write_rows(t.in_width, parts.channels, out + offset, t.out_stride, kWholeLines<T>,
-                 [&](int64_t column, int64_t in_part) PDARTS_LAMBDA {
-                   const int64_t p = first + column, c = channel + in_part;
-                   const T* x = image + offset + p * t.x_stride + in_part;
-                   Vec v = s.raw ? load(w.raw + p * cx + c) : Vec{};
-                   if (s.conv) v += masked(load(w.dx.at(c / V, row, column)), load(x));
-                   if (incoming) v += load(incoming + offset + p * t.incoming_stride + in_part);
-                   if (total) {
-                     const Vec out = as_stored<T>(v);
-                     float* sum = w.sums + column % kSumChains * 2 * cx + c;
-                     store(sum, load(sum) + out);
-                     store(sum + cx, load(sum + cx) + out * load(x));
-                   }
+                 [=](int64_t p, int64_t c) PDARTS_LAMBDA {
+                   Vec v = from ? load(from + p * cx + c) : Vec{};
+                   if (dx) v += masked(load(dx + c / V * plane + p * V), load(x + p * x_stride + c));
+                   if (more) v += load(more + p * incoming_stride + c);
                    return v;
+                 },
+                 [=](int64_t p, int64_t c, Vec out) PDARTS_LAMBDA {
+                   if (!sums) return;
+                   float* sum = sums + p % kSumChains * 2 * cx + c;
+                   store(sum, load(sum) + out);
+                   store(sum + cx, load(sum + cx) + out * load(x + p * x_stride + c));
                  });
     });
   }
@@ -312,13 +278,12 @@ void image_backward(const Task& t, const Sizes& s, const Packed<T>* packed, int6
                     int64_t n, const Work& w, double* total) {
   const T* image = static_cast<const T*>(t.x) + n * t.in_height * t.in_width * t.x_stride;
   if (s.lone) return pointwise_image(t, packed, group, n, image, w);
-  const auto input = [&](int64_t p, int64_t block) PDARTS_LAMBDA {
-    return relu(load(image + p * t.x_stride + block * V));
-  };
+  const auto input = [&](int64_t block)
+                         PDARTS_LAMBDA { return RectifiedInput<T>::of(image, t.x_stride, block); };
 #ifdef PDARTS_AMX
   if (s.dense && s.weights)
     w.input.each([&](const PairedRows* early, const PairedRows* late) {
-      fill_in_turns(*early, *late, [&](int64_t p) PDARTS_LAMBDA { return input(p, 0); });
+      fill_in_turns(*early, *late, w.input.rows, input(0));
     });
 #endif
   if (s.conv) {
@@ -326,22 +291,19 @@ void image_backward(const Task& t, const Sizes& s, const Packed<T>* packed, int6
     if (s.strided) std::memset(w.dx.data, 0, static_cast<size_t>(s.x) * sizeof(float));
   }
   bool begins = !s.strided;
-  std::memset(w.raw, 0, static_cast<size_t>(s.raw) * sizeof(float));
+  if (s.gathered) std::memset(w.raw, 0, static_cast<size_t>(s.raw) * sizeof(float));
   for (int64_t i = 0; i < t.num_branches; ++i) {
     const Branch& b = t.branches[i];
     if (b.kind == kConv) {
       conv_backward<T>(t, s, b, packed[i], group, n, next_convolution(t, group, i, n), w, begins);
       begins = false;
     }
-    if (b.kind == kSkip) skip_backward<T>(t, b, n, w);
     if (b.kind != kPointwise && b.kind != kFactorized) continue;
     const int64_t rows = rows_per_chunk(t);
     for (int64_t begin = 0; begin < t.out_height; begin += rows)
       gathered_backward(t, b, packed[i], group, n, image, begin,
                         min_of(t.out_height, begin + rows), w);
   }
-  pools_backward(t, kMaxPool, n, image, w);
-  pools_backward(t, kAvgPool, n, image, w);
   if (t.out) write_image(t, s, n, image, w, total);
 }
 

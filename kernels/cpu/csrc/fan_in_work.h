@@ -13,12 +13,12 @@ struct Work {
   Plane x;        // relu(x)
   Plane dx;       // of the depthwise convolutions, before the mask of the ReLU
   Plane grad;     // of one depthwise output
-  float* raw;     // [in pixels, Cx]: gradient of x itself
-  float* pooled;  // [out pixels, C]: gradient of one kind of pool
-  float* fresh;   // [out pixels, C] storage: a pool computed anew
-  float* dy;      // a chunk; two where two products are all there is
-  float* a;       // a chunk
-  float* second;  // a chunk of the second one of those
+  float* raw;      // gradient of x itself: a row, or [in pixels, Cx] where products add to it
+  float* maximum;  // lines of pools, see pooling.h
+  float* average;
+  float* dy;       // a chunk; two where two products are all there is
+  float* a;        // a chunk
+  float* second;   // a chunk of the second one of those
   float* factors;
   float* sums;      // [kSumChains, 2, Cx]: of an image's out and out * x
   int32_t* places;  // of every output pixel in a channel block of grad
@@ -32,12 +32,13 @@ struct Work {
 constexpr int64_t kSumChains = 4;
 
 struct Sizes {
-  int64_t x, dx, grad, raw, pooled, fresh, dy, a, second, factors, sums;
+  int64_t x, dx, grad, raw, maximum, average, dy, a, second, factors, sums;
   int64_t padding;
   bool conv;
   bool dense;    // all convolutions are, see dense.h
   bool weights;  // their gradients are wanted
   bool strided;  // a convolution of stride 2: it does not reach every pixel
+  bool gathered;  // a product adds to the gradient of x itself
   bool lone;  // one convolution that is a single product, or two of the same pixels, and nothing else
 };
 
@@ -54,10 +55,10 @@ PDARTS_INLINE Sizes sizes_of(const Task& t) {
     s.weights |= b.grad_depthwise != nullptr;
     s.strided |= b.kind == kConv && b.stride != 1;
     others |= b.kind != kConv;
-    if (is_recomputed(b)) s.fresh = t.out_height * t.out_width * t.channels;
+    s.gathered |= b.kind == kPointwise || b.kind == kFactorized;
     if (has_weights(b) && product_depth(t, b) > depth) depth = product_depth(t, b);
   }
-  const int64_t blocks = t.channels / V, out_pixels = t.out_height * t.out_width;
+  const int64_t blocks = t.channels / V;
   // A dense convolution writes pairs of rows, in whole tiles.
   if (s.dense) s.dx = Plane::floats(t.in_height + kLead, tiled_width(t.in_width), 0, blocks);
   else if (s.conv) s.dx = Plane::floats(t.in_height, t.in_width, s.padding, blocks);
@@ -68,19 +69,20 @@ PDARTS_INLINE Sizes sizes_of(const Task& t) {
            : t.num_branches == 2 ? is_pointwise(0) && is_pointwise(1)
                                  : false;
   others &= !s.lone;
-  s.raw = others ? t.in_height * t.in_width * t.in_channels : 0;
-  s.pooled = others ? out_pixels * t.channels : 0;
+  s.raw = others ? (s.gathered ? t.in_height : 1) * t.in_width * t.in_channels : 0;
+  s.maximum = pool_floats(t, kMaximumLines);
+  s.average = pool_floats(t, kAverageLines);
   s.dy = (s.lone ? t.num_branches : 1) * operand_floats(chunk_pixels(t), t.channels);
-  s.a = max_of(operand_floats(chunk_pixels(t), depth), pool_line_floats(t));
+  s.a = operand_floats(chunk_pixels(t), depth);
   s.second = s.lone && t.num_branches == 2 ? operand_floats(chunk_pixels(t), t.in_channels) : 0;
-  s.factors = dropout_floats(s.pooled) + t.channels + V;
+  s.factors = dropout_floats(t.in_width * t.channels) + t.channels + V;
   s.sums = t.sums ? kSumChains * 2 * t.in_channels : 0;
   return s;
 }
 
 template <class T>
 PDARTS_INLINE Work make_work(const Task& t, const Sizes& s, Scratch& local) {
-  const int64_t all[] = {s.x,  s.dx, s.grad,   s.raw,     s.pooled, s.fresh,
+  const int64_t all[] = {s.x,  s.dx, s.grad,   s.raw,     s.maximum, s.average,
                          s.dy, s.a,  s.second, s.factors, s.sums};
   int64_t bytes = 0;
   for (const int64_t count : all) bytes += Scratch::bytes_for<float>(count);
@@ -104,8 +106,8 @@ PDARTS_INLINE Work make_work(const Task& t, const Sizes& s, Scratch& local) {
   }
 #endif
   w.raw = local.take<float>(s.raw);
-  w.pooled = local.take<float>(s.pooled);
-  w.fresh = local.take<float>(s.fresh);
+  w.maximum = local.take<float>(s.maximum);
+  w.average = local.take<float>(s.average);
   w.dy = local.take<float>(s.dy);
   w.a = local.take<float>(s.a);
   w.second = local.take<float>(s.second);

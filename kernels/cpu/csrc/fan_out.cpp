@@ -153,9 +153,8 @@ void branch_rows(const Task& t, const Branch& b, const Packed<Operand<T>>& packe
   const int64_t pixels = (end - begin) * width;
   if (y) y += begin * width * channels;
   if (!has_product(b)) {
-    T* stored = reinterpret_cast<T*>(fresh);
-    store_pool(t, b, image, begin, end, stored);
-    return finish_chunk(moments, stored, pixels, channels, y);
+    store_pool(t, b, image, begin, end, fresh);
+    return finish_chunk(moments, fresh, pixels, channels, y);
   }
   const int64_t depth = depth_of(t, b);
   Operand<T>* a = operands<T>(room);
@@ -281,12 +280,12 @@ Work<T> make_work(const Task& t, int64_t height, int64_t width, Scratch& local) 
   return work;
 }
 
-// What convolutions read of an image, f(pixel, channel block): of one of them, or of all if it is null.
+// What convolutions read of an image, f(channel block)(pixel): of one of them, or of all if it is null.
 template <class T, class F>
 PDARTS_INLINE void fill_input(const Task& t, const Work<T>& w, const Branch* b, F f) {
 #ifdef PDARTS_AMX
   if (w.is_dense) {
-    const auto pixel = [&](int64_t p) PDARTS_LAMBDA { return f(p, 0); };
+    const auto pixel = f(0);
     if (b) {
       const PairedRows* one = &w.dense.of(*b);
       return fill_rows(t.out_height, t.out_width, one->late ? nullptr : one, one->late ? one : nullptr, pixel);
@@ -303,10 +302,12 @@ PDARTS_INLINE void fill_input(const Task& t, const Work<T>& w, const Branch* b, 
 template <class T>
 PDARTS_SHARED void normalise(const Task& t, int64_t n) {
   const int64_t pixels = t.in_height * t.in_width, channels = t.in_channels;
-  T* image = static_cast<T*>(const_cast<void*>(t.x)) + n * pixels * t.x_stride;
-  for (int64_t p = 0; p < pixels; ++p, image += t.x_stride)
-    for (int64_t c = 0; c < channels; c += V)
-      store(image + c, load(image + c) * load(t.scale + c) + load(t.shift + c));
+  const int64_t stride = t.x_stride;
+  const float *scale = t.scale, *shift = t.shift;
+  T* image = static_cast<T*>(const_cast<void*>(t.x)) + n * pixels * stride;
+  write_rows(pixels, channels, image, stride, false, [&](int64_t p, int64_t c) PDARTS_LAMBDA {
+    return load(image + p * stride + c) * load(scale + c) + load(shift + c);
+  });
 }
 
 // `second` is mid: every branch has an input of its own.
@@ -328,18 +329,16 @@ void run(const Task& t, bool second) {
         const T* image = static_cast<const T*>(t.x) + n * pixels * t.x_stride;
         if (t.scale) normalise<T>(t, n);
         if (!second)
-          fill_input(t, work, nullptr, [&](int64_t p, int64_t block) PDARTS_LAMBDA {
-            return relu(load(image + p * t.x_stride + block * V));
+          fill_input(t, work, nullptr, [&](int64_t block) PDARTS_LAMBDA {
+            return RectifiedInput<T>::of(image, t.x_stride, block);
           });
         for (int64_t i = 0; i < t.num_branches; ++i) {
           const Branch& b = t.branches[i];
           if (packed[i].repeated) continue;
           if (second) {
             const T* in = static_cast<const T*>(b.input) + n * pixels * b.input_stride;
-            fill_input(t, work, &b, [&](int64_t p, int64_t block) PDARTS_LAMBDA {
-              const Vec v = load(in + p * b.input_stride + block * V);
-              return relu(v * load(b.scale + block * V) + load(b.shift + block * V));
-            });
+            fill_input(t, work, &b, [&](int64_t block)
+                                        PDARTS_LAMBDA { return NormalisedInput<T>::of(in, b, block); });
           }
           double* part = packed[i].moments + g * 2 * t.channels;
           const double before = static_cast<double>((n - range.begin) * t.out_height * t.out_width);

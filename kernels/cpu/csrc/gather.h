@@ -2,7 +2,7 @@
 // a 1x1 convolution or a factorized reduce, patches of an image.
 #pragma once
 
-#include "product.h"
+#include "inputs.h"
 
 namespace pdarts {
 namespace PDARTS_VARIANT {
@@ -75,12 +75,6 @@ PDARTS_INLINE void copy_rectified(const T* from, int64_t count, E* to) {
 }
 
 #ifdef PDARTS_BF16
-// Two vectors as they are stored: without a sign, or above minus infinity, which NaN is.
-PDARTS_INLINE __m512i rectified(__m512i x) {
-  const __m512i minus_infinity = _mm512_set1_epi16(static_cast<int16_t>(0xff80));
-  return _mm512_maskz_mov_epi16(~_mm512_movepi16_mask(x) | _mm512_cmpgt_epu16_mask(x, minus_infinity), x);
-}
-
 PDARTS_INLINE void copy_rectified(const BFloat* from, int64_t count, BFloat* to) {
   for (int64_t c = 0; c < count; c += 2 * V) {
     const __mmask32 there = count - c < 2 * V ? 0xffffu : 0xffffffffu;
@@ -96,7 +90,7 @@ PDARTS_INLINE void copy_pixel(const Parts& parts, const T* from, E* to) {
   if constexpr (std::is_same<T, BFloat>::value)
     if (parts.channels == V && parts.count % 2 == 0) {
       for (int64_t i = 0; i < parts.count; i += 2, from += 2 * parts.step, to += 2 * V)
-        _mm512_storeu_si512(to, rectified(join(channels_of(from), channels_of(from + parts.step))));
+        store(to, rectified(join(channels_of(from), channels_of(from + parts.step))));
       return;
     }
 #endif

@@ -16,7 +16,7 @@ namespace {
 thread_local Scratch shared_scratch, sums_scratch, local_scratch;
 
 // From the gradient `a` [(end - begin) * width, C] of v, before the mask of the ReLU, to dv of output rows
-// [begin, end) of image n, its sums into `total` [2, C]. v(pixel of the image, channel block) is v; `room`
+// [begin, end) of image n, its sums into `total` [2, C]. v(channel block)(pixel of the image) is v; `room`
 // holds a chunk. Sums are of what is stored, so that means cancel exactly in the first half.
 #ifdef PDARTS_BF16
 template <class T, class Forward>
@@ -27,14 +27,16 @@ PDARTS_INLINE void input_gradient(const Task& t, const Branch& b, int64_t n, int
   const bool past = can_stream_lines(out, channels);
   each_line((end - begin) * t.out_width, channels, [&](const Lines& lines, auto vectors) PDARTS_LAMBDA {
     constexpr int N = vectors.value;
-    const int64_t first = first_pixel + lines.begin / channels, step = lines.step / channels;
+    decltype(v(0)) of[N];
+    PDARTS_UNROLL
+    for (int j = 0; j < N; ++j) of[j] = v(lines.channel_of(j) / V);
     Vec sum[kLineChains][N] = {}, product[kLineChains][N] = {};
     const auto add = [&](int64_t i, int chain) PDARTS_LAMBDA {
-      const int64_t at = lines.begin + i * lines.step;
+      const int64_t at = lines.pixel_of(i, 0) * channels + lines.channel;
       Vec forward[N], dv[N];
       PDARTS_UNROLL
       for (int j = 0; j < N; ++j) {
-        forward[j] = v(first + i * step + (lines.pixels ? j : 0), lines.channel_of(j) / V);
+        forward[j] = of[j](first_pixel + lines.pixel_of(i, j));
         dv[j] = masked(load(a + at + j * V), forward[j]);
       }
       round_lines(dv, out + at, past);
@@ -66,10 +68,11 @@ PDARTS_INLINE void input_gradient(const Task& t, const Branch& b, int64_t n, int
   const bool past = kWholeLines<T> && can_stream(out);
   for (int64_t block = 0; block < blocks; ++block) {
     constexpr int kChains = 4;
+    const auto of_block = v(block);
     Vec sum[kChains] = {}, product[kChains] = {};
     const auto add = [&](int64_t p, int chain) PDARTS_LAMBDA {
       const int64_t at = p * channels + block * V;
-      const Vec forward = v(first + p, block);
+      const Vec forward = of_block(first + p);
       const Vec dv = as_stored<T>(masked(load(a + at), forward));
       past ? stream(out + at, dv) : store(fresh + at, dv);
       sum[chain] += dv;
@@ -85,6 +88,14 @@ PDARTS_INLINE void input_gradient(const Task& t, const Branch& b, int64_t n, int
   if (!past) write_out(out, fresh, pixels * channels);
 }
 #endif
+
+// A channel block of v from its plane.
+struct PlaneInput {
+  const float* block;
+  const int32_t* places;
+
+  PDARTS_INLINE_METHOD Vec operator()(int64_t p) const { return load(block + places[p]); }
+};
 
 // What a thread works with: an image of a branch.
 struct Work {
@@ -133,10 +144,7 @@ void image_backward(const Task& t, const Branch& b, const Packed<T>& packed, int
   const int64_t channels = t.channels, width = t.out_width, rows = rows_per_chunk(t);
   const int64_t pixels = t.out_height * width;
   const T* in = static_cast<const T*>(b.input) + n * pixels * b.input_stride;
-  const auto forward = [&](int64_t p, int64_t block) PDARTS_LAMBDA {
-    const Vec x = load(in + p * b.input_stride + block * V);
-    return relu(x * load(b.scale + block * V) + load(b.shift + block * V));
-  };
+  const auto forward = [&](int64_t block) PDARTS_LAMBDA { return NormalisedInput<T>::of(in, b, block); };
   const Branch& following = next.branch;
   const Ahead ahead = Ahead::of(static_cast<const T*>(following.input) +
                                     next.image * pixels * following.input_stride,
@@ -152,13 +160,15 @@ void image_backward(const Task& t, const Branch& b, const Packed<T>& packed, int
       asked.add(ahead);
       asked.add(gradient.first);
       if (packed.grad_pointwise)
-        fill_in_turns(planes[0], planes[1], [&](int64_t p) PDARTS_LAMBDA { return forward(p, 0); });
+        fill_in_turns(planes[0], planes[1], w.input.rows, forward(0));
       else
         asked.add(gradient.second);
       dense_gradients(t, b, packed, group, n, w.input, w.dense, gradient.second);
       each_pair(plane, [&](const RowPair& pair) PDARTS_LAMBDA {
         const int64_t tiled = tiled_width(width) * V;
         dense_rows(b, plane, packed.dense, pair, w.sums, w.sums + tiled, false, asked);
+        if (b.dilation == 1 && tiled == width * V)
+          return input_gradient<T>(t, b, n, pair.row, pair.row + pair.count, forward, w.sums, w.dy, total);
         for (int64_t i = 0; i < pair.count; ++i) {
           const int64_t row = pair.row + i * b.dilation;
           input_gradient<T>(t, b, n, row, row + 1, forward, w.sums + i * tiled, w.dy, total);
@@ -177,8 +187,9 @@ void image_backward(const Task& t, const Branch& b, const Packed<T>& packed, int
     // The stride of a second half is 1, so its transposed convolution is one with turned kernels.
     depthwise_chunk(b, w.grad, packed.flipped, channels, begin, end, width, asked.from(begin * width), w.a);
     input_gradient<T>(t, b, n, begin, end,
-                      [&](int64_t p, int64_t block)
-                          PDARTS_LAMBDA { return load(w.v.data + block * w.v.plane + w.places[p]); },
+                      [&](int64_t block) PDARTS_LAMBDA {
+                        return PlaneInput{w.v.data + block * w.v.plane, w.places};
+                      },
                       w.a, w.dy, total);
   }
   weights_backward(t, b, packed, group, n, w.v, w.grad);

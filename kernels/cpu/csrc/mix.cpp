@@ -33,7 +33,7 @@ PDARTS_SHARED void add_pools(const Task& t, const Pools& pools, int64_t n, int64
       ask_below(pool, any.stride, image, begin, p, c);
       float* o = total + p * t.channels + c;
       Vec sum = load(o);
-      if (kMost) sum += of_most * as_stored<T>(most);
+      if (kMost) sum += of_most * most;
       if (kMean) sum += of_mean * as_stored<T>(mean);
       store(o, sum);
     });

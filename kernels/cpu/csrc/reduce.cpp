@@ -63,14 +63,14 @@ PDARTS_SHARED void pool_sums(const Task& t, const Pools& pools, const T* g, int6
   for (int64_t c = 0; c < t.channels; c += V) {
     Vec most_sum[kWindows] = {}, mean_sum[kWindows] = {};
     const auto normalised = [&](const Branch* b, Vec y) PDARTS_LAMBDA {
-      return as_stored<T>(y) * load(b->scale + c) + load(b->shift + c);
+      return y * load(b->scale + c) + load(b->shift + c);
     };
     pool_rows(pool, any.stride, image, begin, end, c, [&](int64_t p, int chain, Vec most, Vec mean)
                                                           PDARTS_LAMBDA {
       ask_below(pool, any.stride, image, begin, p, c);
       const Vec grad = load(g + p * t.x_stride + c);
       if (kMost) most_sum[chain] += grad * normalised(pools.most, most);
-      if (kMean) mean_sum[chain] += grad * normalised(pools.mean, mean);
+      if (kMean) mean_sum[chain] += grad * normalised(pools.mean, as_stored<T>(mean));
     });
     if (kMost) add_chains(most_sum, place_of(t, pools.most, total) + c);
     if (kMean) add_chains(mean_sum, place_of(t, pools.mean, total) + c);

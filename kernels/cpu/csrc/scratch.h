@@ -132,19 +132,8 @@ PDARTS_INLINE void write_out(T* to, const T* from, int64_t count) {
   int64_t i = 0;
   if (can_stream(to))
     for (; i + kNumbers <= count; i += kNumbers)
-      stream(reinterpret_cast<float*>(to + i), load(reinterpret_cast<const float*>(from + i)));
+      stream_any(to + i, *reinterpret_cast<const AnyVec*>(from + i));
   std::memcpy(to + i, from + i, static_cast<size_t>(count - i) * sizeof(T));
-}
-
-// plane = f(pixel, channel block) over every pixel of the image.
-template <class F>
-PDARTS_INLINE void fill(const Plane& plane, int64_t blocks, F f) {
-  for (int64_t row = 0; row < plane.height; ++row)
-    for (int64_t block = 0; block < blocks; ++block) {
-      float* p = plane.at(block, row, 0);
-      for (int64_t column = 0; column < plane.width; ++column)
-        store(p + column * V, f(row * plane.width + column, block));
-    }
 }
 
 }  // namespace PDARTS_VARIANT

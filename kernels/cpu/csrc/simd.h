@@ -37,10 +37,19 @@ constexpr int V = PDARTS_WIDTH;
 constexpr bool kManyRegisters = V == 16;
 
 typedef float Vec __attribute__((vector_size(V * 4)));
-typedef float UnalignedVec __attribute__((vector_size(V * 4), aligned(4), may_alias));
+// These alias their own numbers alone: a store that may alias anything makes the compiler load what a loop
+// reads of a task anew after every number.
+typedef float UnalignedVec __attribute__((vector_size(V * 4), aligned(4)));
 typedef uint32_t Bits __attribute__((vector_size(V * 4)));
 typedef uint16_t Half __attribute__((vector_size(V * 2)));
-typedef uint16_t UnalignedHalf __attribute__((vector_size(V * 2), aligned(2), may_alias));
+typedef uint16_t UnalignedHalf __attribute__((vector_size(V * 2), aligned(2)));
+
+#ifdef PDARTS_BF16
+typedef uint16_t UnalignedLine __attribute__((vector_size(64), aligned(2)));
+#endif
+
+// A vector in memory of any type.
+typedef float AnyVec __attribute__((vector_size(V * 4), aligned(1), may_alias));
 
 struct BFloat {
   uint16_t bits;
@@ -79,6 +88,15 @@ PDARTS_INLINE void store(BFloat* p, Vec v) {
   *reinterpret_cast<UnalignedHalf*>(p) = __builtin_convertvector(w >> 16, Half);
 #endif
 }
+
+#ifdef PDARTS_BF16
+// Two vectors, or one, that are rounded.
+PDARTS_INLINE void store(BFloat* p, __m512i line) {
+  *reinterpret_cast<UnalignedLine*>(p) = (UnalignedLine)line;
+}
+
+PDARTS_INLINE void store(BFloat* p, __m256i half) { *reinterpret_cast<UnalignedHalf*>(p) = (Half)half; }
+#endif
 
 // What load gives back after store.
 template <class T>
@@ -121,15 +139,17 @@ PDARTS_INLINE Vec masked(Vec value, Vec by) { return by > Vec{} ? value : Vec{};
 
 // Past the caches: a plain store first reads the line that it overwrites. `p` is aligned to the
 // vector; `end_streams` comes before another thread reads.
-PDARTS_INLINE void stream(float* p, Vec v) {
+PDARTS_INLINE void stream_any(void* p, Vec v) {
 #if defined(__AVX512F__) && PDARTS_WIDTH == 16
-  _mm512_stream_ps(p, v);
+  _mm512_stream_ps(static_cast<float*>(p), v);
 #elif defined(__AVX__) && PDARTS_WIDTH == 8
-  _mm256_stream_ps(p, v);
+  _mm256_stream_ps(static_cast<float*>(p), v);
 #else
-  store(p, v);
+  *static_cast<AnyVec*>(p) = v;
 #endif
 }
+
+PDARTS_INLINE void stream(float* p, Vec v) { stream_any(p, v); }
 
 // A vector of bfloat16 is half a line, and half a line is slow to write past the caches.
 PDARTS_INLINE void stream(BFloat* p, Vec v) { store(p, v); }

@@ -89,10 +89,10 @@ PDARTS_SHARED void finish_chunk(Moments& into, const float* chunk, int64_t pixel
     if (!lines.count) return;
     Vec pivot[N], sum[kLineChains][N] = {}, square[kLineChains][N] = {};
     PDARTS_UNROLL
-    for (int j = 0; j < N; ++j) pivot[j] = load(chunk + lines.begin + (lines.pixels ? 0 : j * V));
+    for (int j = 0; j < N; ++j) pivot[j] = load(chunk + lines.pixel_of(0, 0) * channels + lines.channel_of(j));
     round_lines(pivot, static_cast<BFloat*>(nullptr), false);
     const auto add = [&](int64_t i, int chain) PDARTS_LAMBDA {
-      const int64_t at = lines.begin + i * lines.step;
+      const int64_t at = lines.pixel_of(i, 0) * channels + lines.channel;
       Vec v[N];
       PDARTS_UNROLL
       for (int j = 0; j < N; ++j) v[j] = load(chunk + at + j * V);

@@ -101,8 +101,8 @@ PDARTS_INLINE void add_products(int64_t count, const BFloat* left, int64_t left_
   });
 }
 
-// The tiles of a times B, up to kSums of them one below the other at a time: they are stored from
-// place(first pixel, first column) on, rows `place_bytes` apart, then done(first pixel, rows, first column).
+// The tiles of a times B, up to kSums of them one below the other at a time: each is stored from place(its
+// first pixel, first column) on, rows `place_bytes` apart, then done(first pixel, rows, first column).
 // Tiles may read rows of `a` behind the last pixel, see `operand_pixels`.
 template <class Place, class Done>
 PDARTS_INLINE void product_tiles(const BFloat* a, int64_t a_stride, int64_t pixels, int64_t depth,
@@ -116,10 +116,8 @@ PDARTS_INLINE void product_tiles(const BFloat* a, int64_t a_stride, int64_t pixe
       const int64_t count = (rows + kTileSide - 1) / kTileSide;
       each_sum(count, [&](auto i) PDARTS_LAMBDA { clear_tile<i.value>(); });
       add_products(count, a + pixel * a_stride, a_stride, right, 2 * width, depth);
-      float* to = place(pixel, n);
       each_sum(count, [&](auto i) PDARTS_LAMBDA {
-        store_tile<i.value>(to + i.value * kTileSide * (place_bytes / static_cast<int64_t>(sizeof(float))),
-                            place_bytes);
+        store_tile<i.value>(place(pixel + i.value * kTileSide, n), place_bytes);
       });
       done(pixel, rows, n);
     }
@@ -133,7 +131,7 @@ PDARTS_INLINE void product(const BFloat* a, int64_t a_stride, int64_t pixels, in
   alignas(64) float sums[kSums * kTileSide][kTileSide];
   product_tiles(
       a, a_stride, pixels, depth, packed, columns, sizeof sums[0],
-      [&](int64_t, int64_t) PDARTS_LAMBDA { return sums[0]; },
+      [&](int64_t pixel, int64_t) PDARTS_LAMBDA { return sums[pixel % (kSums * kTileSide)]; },
       [&](int64_t pixel, int64_t rows, int64_t n) PDARTS_LAMBDA {
         for (int64_t row = 0; row < rows; ++row) put(pixel + row, n / V, load(sums[row]));
       });
@@ -190,7 +188,7 @@ PDARTS_INLINE const BFloat* left_side(BFloat* rows, int64_t pixels, int64_t colu
       for (int i = 0; i < V; ++i) pairs[i] = (__m512i)pixel_pair(rows, p + 2 * i, pixels, columns, c);
       transpose(pairs, turned);
       PDARTS_UNROLL
-      for (int i = 0; i < V; ++i) _mm512_storeu_si512(channels + (c + i) * padded + p, turned[i]);
+      for (int i = 0; i < V; ++i) store(channels + (c + i) * padded + p, turned[i]);
     }
   return channels;
 }
