@@ -121,10 +121,13 @@ class Bench:
         self.states = [torch.randn(*(self.larger if i < 2 else shape)).double() for i in range(6)]
         self.grads = [torch.randn(*shape).double() for _ in range(4)]
         self.half_grads = torch.randn(self.calls.num_halves, *shape).double()
-        # The backward pass of a maximum compares x with y: y must be what it would be in a cell.
+        self.compute_outputs()
+
+    def compute_outputs(self) -> None:
+        """Makes y what it would be in a cell: a maximum's backward pass compares x with it."""
         arrays = self.arrays(torch.float64)
         for source, call in enumerate(self.calls.leave):
-            sums = torch.zeros(len(call.items), 2, channels, dtype=torch.float64)
+            sums = torch.zeros(len(call.items), 2, self.channels, dtype=torch.float64)
             Reference().fan_out(call, arrays, arrays.states[source], sums)
         self.y = arrays.y
 

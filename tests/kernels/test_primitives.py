@@ -205,3 +205,14 @@ def test_fan_in_of_factorized_reduces_behind_convolutions(
     assert items[0].kind != plan.FACTORIZED
     assert items[-1].kind == plan.FACTORIZED
     compare_fan_in(bench, Call(tuple(items), call.num_ops), 0, False)
+
+
+@pytest.mark.parametrize("channels", CHANNELS, ids=lambda c: f"ties-c{c}")
+def test_first_of_equal_maxima_takes_the_gradient(
+    channels: int, reduction: bool, make_bench: Callable[..., Any]
+) -> None:
+    """In row-major order, as in torch: windows have few distinct numbers."""
+    bench = make_bench(channels, SIZES["odd"], reduction)
+    bench.states = [state.sign() for state in bench.states]
+    bench.compute_outputs()
+    compare_fan_in(bench, bench.calls.gather[0], 0, False)
