@@ -231,7 +231,8 @@ void write_image(const Task& t, const Sizes& s, int64_t n, const T* image, const
   for (int64_t row = 0; row < t.in_height; ++row) {
     const int64_t first = row * t.in_width;
     float* raw = w.raw + (s.gathered ? first * cx : 0);
-    for (int64_t i = 0; !s.gathered && i < s.raw; i += V) store(raw + i, Vec{});
+    if (!s.gathered)
+      for (int64_t i = 0; i < s.raw; i += V) store(raw + i, Vec{});
     for (int64_t i = 0; i < t.num_branches; ++i)
       if (t.branches[i].kind == kSkip) skip_backward<T>(t, t.branches[i], n * pixels + first, w.factors, raw);
     most.add_row(row, raw);

@@ -70,8 +70,8 @@ PDARTS_INLINE Sizes sizes_of(const Task& t) {
                                  : false;
   others &= !s.lone;
   s.raw = others ? (s.gathered ? t.in_height : 1) * t.in_width * t.in_channels : 0;
-  s.maximum = pool_floats(t, kMaximumLines);
-  s.average = pool_floats(t, kAverageLines);
+  s.maximum = pool_floats(t, MaximumBackward<T>::kLines);
+  s.average = pool_floats(t, AverageBackward<T>::kLines);
   s.dy = (s.lone ? t.num_branches : 1) * operand_floats(chunk_pixels(t), t.channels);
   s.a = operand_floats(chunk_pixels(t), depth);
   s.second = s.lone && t.num_branches == 2 ? operand_floats(chunk_pixels(t), t.in_channels) : 0;

@@ -187,10 +187,9 @@ void dense_branch(const Task& t, const Branch& b, const Packed<BFloat>& packed, 
   WholeTiles whole;
   each_pair(plane, [&](const RowPair& pair) {
     dense_rows(b, plane, packed.dense, pair, sums, sums + tiled, false, asked);
-    if (b.dilation == 1 && tiled == width * V)
-      return finish_chunk(moments, sums, pair.count * width, V, out(pair.row));
-    for (int64_t i = 0; i < pair.count; ++i)
-      finish_chunk(moments, sums + i * tiled, width, V, out(pair.row + i * b.dilation));
+    each_chunk(plane, pair, [&](int64_t row, int64_t count, int64_t place) PDARTS_LAMBDA {
+      finish_chunk(moments, sums + place, count * width, V, out(row));
+    });
   });
 }
 #endif

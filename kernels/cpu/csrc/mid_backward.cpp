@@ -167,12 +167,9 @@ void image_backward(const Task& t, const Branch& b, const Packed<T>& packed, int
       each_pair(plane, [&](const RowPair& pair) PDARTS_LAMBDA {
         const int64_t tiled = tiled_width(width) * V;
         dense_rows(b, plane, packed.dense, pair, w.sums, w.sums + tiled, false, asked);
-        if (b.dilation == 1 && tiled == width * V)
-          return input_gradient<T>(t, b, n, pair.row, pair.row + pair.count, forward, w.sums, w.dy, total);
-        for (int64_t i = 0; i < pair.count; ++i) {
-          const int64_t row = pair.row + i * b.dilation;
-          input_gradient<T>(t, b, n, row, row + 1, forward, w.sums + i * tiled, w.dy, total);
-        }
+        each_chunk(plane, pair, [&](int64_t row, int64_t count, int64_t place) PDARTS_LAMBDA {
+          input_gradient<T>(t, b, n, row, row + count, forward, w.sums + place, w.dy, total);
+        });
       });
       return;
     }

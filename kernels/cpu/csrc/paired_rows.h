@@ -84,6 +84,14 @@ PDARTS_INLINE void each_pair(const PairedRows& plane, F f) {
     for (int64_t i = 0; i < plane.pairs(rest); ++i) f(pair_of(plane, rest, i, number++));
 }
 
+// f(first row, rows, numbers to their sums) for the sums of a pair: together where they follow one another.
+template <class F>
+PDARTS_INLINE void each_chunk(const PairedRows& plane, const RowPair& pair, F f) {
+  const int64_t tiled = tiled_width(plane.width);
+  if (plane.dilation == 1 && tiled == plane.width) return f(pair.row, pair.count, 0);
+  for (int64_t i = 0; i < pair.count; ++i) f(pair.row + i * plane.dilation, 1, i * tiled * V);
+}
+
 // plane = f(pixel) for every pixel of the image, in all planes that are not null.
 template <class F>
 PDARTS_INLINE void fill_rows(int64_t height, int64_t width, const PairedRows* early, const PairedRows* late,

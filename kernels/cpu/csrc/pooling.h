@@ -176,30 +176,52 @@ PDARTS_INLINE int64_t last_window(const Task& t, int64_t stride, int64_t h) {
   return last < t.out_height ? last : t.out_height - 1;
 }
 
-// Lines that a pool's backward needs.
-constexpr int64_t kMaximumLines = 7, kAverageLines = 4;
+// What the gradients of both kinds have in common. `Pool` has add<stride>, as `add_row`.
+template <class T, class Pool>
+class PoolBackward {
+ public:
+  // `room` has `pool_floats`.
+  PoolBackward(const Task& t, int64_t kind, const T* image, int64_t n, float* room)
+      : t_(t), image_(image), dy_(t, kind, n, room), fresh_(room + 2 * t.channels) {}
 
+  // dx [in_width, C] += gradient of row h, which is the one behind that of the last call.
+  void add_row(int64_t h, float* dx) {
+    if (!dy_.any) return;
+    Pool& pool = static_cast<Pool&>(*this);
+    dy_.any->stride == 1 ? pool.template add<1>(h, dx) : pool.template add<2>(h, dx);
+  }
+
+ protected:
+  // The first one, number 0, is behind `fresh_`.
+  float* numbered(int64_t line) const { return fresh_ + (1 + line) * t_.out_width * t_.channels; }
+
+  const Task& t_;
+  const T* image_;
+  const PoolGradient<T> dy_;
+  float* fresh_;      // a line
+  int64_t next_ = 0;  // row of windows
+};
+
+// Room for a pool's backward with so many numbered lines.
 PDARTS_INLINE int64_t pool_floats(const Task& t, int64_t lines) {
-  return lines * t.out_width * t.channels + 2 * t.channels;
+  return (1 + lines) * t.out_width * t.channels + 2 * t.channels;
 }
 
 // Gradient of average pools.
 template <class T>
-class AverageBackward {
- public:
-  // `room` has `pool_floats` of `kAverageLines`.
-  AverageBackward(const Task& t, const T* image, int64_t n, float* room)
-      : t_(t), image_(image), dy_(t, kAvgPool, n, room), fresh_(room + 2 * t.channels),
-        lines_(fresh_ + t.out_width * t.channels) {}
+class AverageBackward : public PoolBackward<T, AverageBackward<T>> {
+  using Base = PoolBackward<T, AverageBackward<T>>;
+  friend Base;
+  using Base::t_, Base::image_, Base::dy_, Base::fresh_, Base::next_;
 
-  // dx [in_width, C] += gradient of row h, which is the one behind that of the last call.
-  void add_row(int64_t h, float* dx) {
-    if (dy_.any) dy_.any->stride == 1 ? add<1>(h, dx) : add<2>(h, dx);
-  }
+ public:
+  static constexpr int64_t kLines = 3;
+
+  AverageBackward(const Task& t, const T* image, int64_t n, float* room) : Base(t, kAvgPool, image, n, room) {}
 
  private:
   // dy of a row of windows, each divided by its area.
-  float* line(int64_t row) const { return lines_ + row % 3 * t_.out_width * t_.channels; }
+  float* line(int64_t row) const { return Base::numbered(row % 3); }
 
   template <int S>
   PDARTS_INLINE_METHOD void windows(int64_t row) {
@@ -258,29 +280,21 @@ class AverageBackward {
       }
     }
   }
-
-  const Task& t_;
-  const T* image_;
-  const PoolGradient<T> dy_;
-  float *fresh_, *lines_;
-  int64_t next_ = 0;  // row of windows
 };
 
 // Gradient of maximum pools. The first maximum in row-major order takes all, as in torch: the first of three
 // rows whose own maximum is that of the window, and in it the first pixel. So what windows give a row is summed
 // before pixels are compared.
 template <class T>
-class MaximumBackward {
- public:
-  // `room` has `pool_floats` of `kMaximumLines`.
-  MaximumBackward(const Task& t, const T* image, int64_t n, float* room)
-      : t_(t), image_(image), dy_(t, kMaxPool, n, room), fresh_(room + 2 * t.channels),
-        lines_(fresh_ + t.out_width * t.channels) {}
+class MaximumBackward : public PoolBackward<T, MaximumBackward<T>> {
+  using Base = PoolBackward<T, MaximumBackward<T>>;
+  friend Base;
+  using Base::t_, Base::image_, Base::dy_, Base::fresh_, Base::next_;
 
-  // dx [in_width, C] += gradient of row h, which is the one behind that of the last call.
-  void add_row(int64_t h, float* dx) {
-    if (dy_.any) dy_.any->stride == 1 ? add<1>(h, dx) : add<2>(h, dx);
-  }
+ public:
+  static constexpr int64_t kLines = 6;
+
+  MaximumBackward(const Task& t, const T* image, int64_t n, float* room) : Base(t, kMaxPool, image, n, room) {}
 
  private:
   // NaN is no maximum of anything, so pixels outside take no gradient.
@@ -291,19 +305,18 @@ class MaximumBackward {
     return maximum(first, maximum(last, middle));
   }
 
-  float* line(int64_t number) const { return lines_ + number * t_.out_width * t_.channels; }
-
   // Maxima of a row of x, three columns each, and what windows give them.
-  float* maxima(int64_t h) const { return line((h + 3) % 3); }
-  float* given(int64_t h) const { return line(3 + (h + 3) % 3); }
+  float* maxima(int64_t h) const { return Base::numbered((h + 3) % 3); }
+  float* given(int64_t h) const { return Base::numbered(3 + (h + 3) % 3); }
 
   template <int S>
   PDARTS_INLINE_METHOD void enter_row(int64_t h) {
     const int64_t count = t_.out_width * t_.channels, width = t_.in_width, stride = t_.x_stride;
     if (h <= 0) std::memset(given(h), 0, static_cast<size_t>(count) * sizeof(float));
-    const bool inside = h >= 0 && h < t_.in_height;
-    for (int64_t i = 0; !inside && i < count; i += V) store(maxima(h) + i, outside());
-    if (!inside) return;
+    if (h < 0 || h >= t_.in_height) {
+      for (int64_t i = 0; i < count; i += V) store(maxima(h) + i, outside());
+      return;
+    }
     for (int64_t c = 0; c < t_.channels; c += V) {
       const T* x = image_ + h * width * stride + c;
       float* to = maxima(h) + c * t_.out_width;
@@ -378,11 +391,6 @@ class MaximumBackward {
     }
   }
 
-  const Task& t_;
-  const T* image_;
-  const PoolGradient<T> dy_;
-  float *fresh_, *lines_;
-  int64_t next_ = 0;     // row of windows
   int64_t newest_ = -1;  // row of x
 };
 
