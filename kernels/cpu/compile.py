@@ -25,9 +25,9 @@ OUTPUT = Path(__file__).resolve().parent / "_kernels.so"
 BASE = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-g0")
 SANITIZE = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined")
 WITH_PRODUCTS = ("fan_in", "mid_backward", "fan_out", "variant")
-PRIMITIVES = (*WITH_PRODUCTS, "reduce", "mix", "draw")
+PRIMITIVES = (*WITH_PRODUCTS, "stencils", "reduce", "mix", "draw")
 SCALAR = ("cell_backward", "cell_forward", "team", "dispatch", "emulate_amx")
-LONGEST_FIRST = ("fan_in", "mid_backward", "reduce", "mix", "fan_out", "draw", *SCALAR, "variant")
+LONGEST_FIRST = ("stencils", "fan_in", "mid_backward", "reduce", "mix", "fan_out", "draw", *SCALAR, "variant")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,19 @@
 #include "simd.h"
 
 namespace pdarts {
+
+// What Ahead and Aheads have; the same in every variant.
+struct AheadData {
+  const char* data;
+  int64_t pixel_bytes;
+  int block_bits, line_bits;  // of the bytes of a channel block, of blocks in a line
+};
+
+struct AheadsData {
+  AheadData all[4];
+  int count = 0;
+};
+
 namespace PDARTS_VARIANT {
 
 // Asks for a line, into the second-level cache: the first one is full of what is computed with, and has
@@ -13,11 +26,7 @@ PDARTS_INLINE void ask_for(const void* line) { __builtin_prefetch(line, 0, 2); }
 // Rows of storage that the next chunk of pixels reads. Asking for all of them at once waits for the
 // memory as reading them does; asked for one by one between the tiles of a product, they arrive
 // while it computes.
-struct Ahead {
-  const char* data;
-  int64_t pixel_bytes;
-  int block_bits, line_bits;  // of the bytes of a channel block, of blocks in a line
-
+struct Ahead : AheadData {
   // Of a power of two: to divide takes longer than to ask.
   static constexpr int bits(int64_t size) { return size > 1 ? 1 + bits(size / 2) : 0; }
 
@@ -25,10 +34,10 @@ struct Ahead {
   static Ahead of(const T* first, int64_t stride) {
     constexpr int64_t kSize = sizeof(T);
     constexpr int kLineBits = bits(64 / (V * kSize));
-    return {reinterpret_cast<const char*>(first), stride * kSize, bits(64) - kLineBits, kLineBits};
+    return {{reinterpret_cast<const char*>(first), stride * kSize, bits(64) - kLineBits, kLineBits}};
   }
 
-  Ahead from(int64_t pixel) const { return {data + pixel * pixel_bytes, pixel_bytes, block_bits, line_bits}; }
+  Ahead from(int64_t pixel) const { return {{data + pixel * pixel_bytes, pixel_bytes, block_bits, line_bits}}; }
 
   PDARTS_INLINE_METHOD void ask(int64_t pixel, int64_t block) const {
     ask_for(data + pixel * pixel_bytes + (block << block_bits));
@@ -54,7 +63,6 @@ struct Ahead {
 struct NothingAhead {
   NothingAhead from(int64_t) const { return {}; }
   void ask(int64_t, int64_t) const {}
-  void ask_share(int64_t, int64_t, int64_t) const {}
 };
 
 // Two things that are asked for together.
@@ -69,27 +77,26 @@ struct BothAhead {
     first.ask(pixel, block);
     second.ask(pixel, block);
   }
-
-  PDARTS_INLINE_METHOD void ask_share(int64_t begin, int64_t count, int64_t block) const {
-    first.ask_share(begin, count, block);
-    second.ask_share(begin, count, block);
-  }
 };
 
 template <class First, class Second>
 BothAhead(First, Second) -> BothAhead<First, Second>;
 
 // The same for a number that is known when the program runs.
-struct Aheads {
-  Ahead all[4];
-  int count = 0;
+struct Aheads : AheadsData {
+  static Aheads of(const Ahead& one) { return {{{one}, 1}}; }
 
   void add(const Ahead& one) { all[count++] = one; }
 
   PDARTS_INLINE_METHOD void ask_all(int64_t first, int64_t pixels) const {
-    for (int i = 0; i < count; ++i) all[i].ask_all(first, pixels);
+    for (int i = 0; i < count; ++i) Ahead{all[i]}.ask_all(first, pixels);
   }
 };
+
+// A block's share of the lines of pixels [first, first + pixels). Out of the way of loops that need all registers.
+PDARTS_SHARED void ask_share(const Aheads& aheads, int64_t first, int64_t pixels, int64_t block) {
+  for (int i = 0; i < aheads.count; ++i) Ahead{aheads.all[i]}.ask_share(first, pixels, block);
+}
 
 // A convolution is a stencil and a product. What follows is asked for in one of them: no more than some
 // lines can be on their way, and a product on tiles is over before they arrive.

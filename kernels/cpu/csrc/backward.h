@@ -5,6 +5,7 @@
 #include "gather.h"
 #include "parallel.h"
 #include "statistics.h"
+#include "stencils.h"
 #include "tiles.h"
 
 namespace pdarts {
@@ -251,16 +252,16 @@ PDARTS_INLINE void pointwise_backward(const Task& t, const Branch& b,
     const BothAhead<Ahead, Ahead> last{first, skip ? skip->from(begin * width) : first};
     product_into_plane(dy, pixels, channels, packed.pointwise, at, grad, BothAhead{asked, last});
   };
-  const auto forward = [&](const auto& asked) PDARTS_LAMBDA {
+  const auto forward = [&](const Aheads& asked) PDARTS_LAMBDA {
     depthwise_chunk(b, src, packed.depthwise, channels, begin, end, width, asked, a);
   };
   if (!packed.grad_pointwise) return into_plane(ahead);
   if (kAskInStencils && b.stride == 1) {
-    forward(ahead.second);
+    forward(Aheads::of(ahead.second));
     into_plane(NothingAhead{});
   } else {
     into_plane(ahead);
-    forward(NothingAhead{});
+    forward({});
   }
   add_outer(dy, channels, a, channels, pixels, group_pointwise(t, b, packed, group),
             begins_group(t, group, n, begin));
@@ -268,16 +269,12 @@ PDARTS_INLINE void pointwise_backward(const Task& t, const Branch& b,
 
 // Gradient of the depthwise weights of one image.
 template <class E>
-PDARTS_SHARED void weights_backward(const Task& t, const Branch& b,
+PDARTS_INLINE void weights_backward(const Task& t, const Branch& b,
                                     const BackwardBranch<E>& packed, int64_t group, int64_t n,
                                     const Plane& src, const Plane& grad) {
   if (!packed.grad_depthwise) return;
-  float* out = group_depthwise(t, b, packed, group);
-  with_kernel(b, [&](auto k, auto d, auto s) {
-    depthwise_weights<k.value, d.value, s.value>(grad, src, b.padding, t.channels / V,
-                                                 4 * rows_per_chunk(t), out,
-                                                 begins_group(t, group, n, 0));
-  });
+  add_depthwise_weights(b, grad, src, t.channels / V, 4 * rows_per_chunk(t),
+                        group_depthwise(t, b, packed, group), begins_group(t, group, n, 0));
 }
 
 #ifdef PDARTS_AMX

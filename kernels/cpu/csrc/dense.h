@@ -13,7 +13,6 @@
 // convolution reads is laid out in paired_rows.h.
 #pragma once
 
-#include "depthwise.h"
 #include "paired_rows.h"
 #include "tiles.h"
 

@@ -1,6 +1,7 @@
-// Depthwise convolution of one image in registers: forward, transposed, and of the weights.
+// Depthwise convolution of one image in registers: forward, transposed, and of the weights. stencils.cpp compiles
+// it, and stencils.h has what others call.
 //
-// Weights are packed [C / V][K * K][V]. Along a row, one load of the input feeds up to K outputs,
+// Weights are packed as stencils.h says. Along a row, one load of the input feeds up to K outputs,
 // so the loops are bound by multiply-adds and not by loads.
 #pragma once
 
@@ -14,96 +15,134 @@ namespace PDARTS_VARIANT {
 constexpr int kColumns = 8;
 constexpr int kWideColumns = kManyRegisters ? 16 : kColumns;
 
-// Calls f(Int<K>, Int<dilation>, Int<stride>).
-template <class F>
-PDARTS_INLINE void with_kernel(const Branch& b, F f) {
-  if (b.kernel == 3) {
-    if (b.dilation == 1) {
-      if (b.stride == 1) f(Int<3>{}, Int<1>{}, Int<1>{});
-      else f(Int<3>{}, Int<1>{}, Int<2>{});
-    } else {
-      if (b.stride == 1) f(Int<3>{}, Int<2>{}, Int<1>{});
-      else f(Int<3>{}, Int<2>{}, Int<2>{});
-    }
-  } else {
-    if (b.dilation == 1) {
-      if (b.stride == 1) f(Int<5>{}, Int<1>{}, Int<1>{});
-      else f(Int<5>{}, Int<1>{}, Int<2>{});
-    } else {
-      if (b.stride == 1) f(Int<5>{}, Int<2>{}, Int<1>{});
-      else f(Int<5>{}, Int<2>{}, Int<2>{});
-    }
-  }
-}
+// Where a convolution writes: rows of a chunk [pixels, channels] ...
+template <class E>
+struct ChunkOutputs {
+  using Number = E;
+  E* first;
+  int64_t pixel_step, row_step;
+  static constexpr int64_t block_step = V;
+  static constexpr bool adds = false;
+};
 
-// [C, K, K] -> [C / V][K * K][V]; `flip` turns the kernel by 180 degrees.
-PDARTS_INLINE void pack_depthwise(const float* w, int64_t channels, int64_t taps, bool flip,
-                                  float* packed) {
-  for (int64_t c = 0; c < channels; ++c)
-    for (int64_t t = 0; t < taps; ++t)
-      packed[(c / V * taps + t) * V + c % V] = w[c * taps + (flip ? taps - 1 - t : t)];
-}
+// ... or a plane, of which it may be added to what is there.
+struct PlaneOutputs {
+  using Number = float;
+  float* first;
+  int64_t row_step, block_step;
+  bool adds;
+  static constexpr int64_t pixel_step = V;
+};
 
-// N outputs of one row; `p` points at the first tap of the first output.
-template <int K, int D, int S, int N>
-PDARTS_INLINE void depthwise_block(const float* p, int64_t row_stride, const float* w, Vec* acc) {
-  PDARTS_UNROLL
-  for (int i = 0; i < N; ++i) acc[i] = Vec{};
-  for (int kh = 0; kh < K; ++kh) {
-    Vec tap[K];
+// acc[r][o] += N outputs of R rows that are D rows apart, so that they share what they read. `p` points at the first
+// tap of the first output.
+template <int K, int D, int S, int R, int N>
+PDARTS_INLINE void depthwise_block(const float* p, int64_t row_stride, const float* w, Vec (*acc)[N]) {
+  static_assert(R == 1 || (R == 2 && S == 1), "rows of stride 2 share few");
+  // Taps are loaded here, not once for all rows of an image: there are more than registers.
+  asm volatile("" : "+r"(w));
+  // Input row i meets row i - r of the taps of output row r, for rows [begin, end) of these.
+  const auto add_row = [=](int i, auto begin, auto end) PDARTS_LAMBDA {
+    Vec tap[R][K];
     PDARTS_UNROLL
-    for (int kw = 0; kw < K; ++kw) tap[kw] = in_register(load(w + (kh * K + kw) * V));
-    const float* row = p + kh * D * row_stride;
-    PDARTS_UNROLL
-    for (int i = 0; i < (N - 1) * S + (K - 1) * D + 1; ++i) {
-      const Vec x = in_register(load(row + i * V));
+    for (int r = begin.value; r < end.value; ++r) {
       PDARTS_UNROLL
-      for (int kw = 0; kw < K; ++kw) {
-        const int o = i - kw * D;
-        if (o >= 0 && o % S == 0 && o / S < N) acc[o / S] += tap[kw] * x;
-      }
+      for (int kw = 0; kw < K; ++kw) tap[r][kw] = in_register(load(w + ((i - r) * K + kw) * V));
     }
-  }
-}
-
-// N columns of a row, of which the first `count` are wanted: put(row, column, block, values, Int<how many>)
-// of two neighbours, or of one.
-template <int K, int D, int S, int N, class Put>
-PDARTS_INLINE void depthwise_columns(const Plane& src, int64_t padding, const float* taps,
-                                     int64_t block, int64_t row, int64_t column, int64_t count,
-                                     Put put) {
-  Vec acc[N];
-  const float* p = src.at(block, row * S - padding, column * S - padding);
-  depthwise_block<K, D, S, N>(p, src.stride, taps, acc);
-  if (count >= N) {
+    const float* row = p + i * D * row_stride;
     PDARTS_UNROLL
-    for (int i = 0; i < N; i += 2) put(row, column + i, block, acc + i, Int<2>{});
-  } else {
-    for (int64_t i = 0; i < count; ++i) put(row, column + i, block, acc + i, Int<1>{});
+    for (int j = 0; j < (N - 1) * S + (K - 1) * D + 1; ++j) {
+      const Vec x = in_register(load(row + j * V));
+      PDARTS_UNROLL
+      for (int r = begin.value; r < end.value; ++r) {
+        PDARTS_UNROLL
+        for (int kw = 0; kw < K; ++kw) {
+          const int o = j - kw * D;
+          if (o >= 0 && o % S == 0 && o / S < N) acc[r][o / S] += tap[r][kw] * x;
+        }
+      }
+    }
+  };
+  if constexpr (R == 2) add_row(0, Int<0>{}, Int<1>{});
+  for (int i = R - 1; i < K; ++i) add_row(i, Int<0>{}, Int<R>{});
+  if constexpr (R == 2) add_row(K, Int<1>{}, Int<R>{});
+}
+
+// N columns of R rows that are D rows apart, of which the first `count` columns are wanted; `p` as above.
+template <int K, int D, int S, int R, int N, class O>
+PDARTS_INLINE void depthwise_columns(const float* p, int64_t row_stride, const float* taps, int64_t count,
+                                     typename O::Number* to, const O& out) {
+  const int64_t pixel_step = out.pixel_step, row_step = D * out.row_step;
+  Vec acc[R][N];
+  PDARTS_UNROLL
+  for (int r = 0; r < R; ++r) {
+    PDARTS_UNROLL
+    for (int i = 0; i < N; ++i) acc[r][i] = Vec{};
+  }
+  if (out.adds) {
+    PDARTS_UNROLL
+    for (int r = 0; r < R; ++r) {
+      PDARTS_UNROLL
+      for (int i = 0; i < N; ++i) acc[r][i] = load(to + r * row_step + i * pixel_step);
+    }
+  }
+  depthwise_block<K, D, S, R, N>(p, row_stride, taps, acc);
+  PDARTS_UNROLL
+  for (int r = 0; r < R; ++r) {
+    auto* at = to + r * row_step;
+    if (count >= N) {
+      PDARTS_UNROLL
+      for (int i = 0; i < N; i += 2, at = unrelated(at + 2 * pixel_step))
+        store_both(at, pixel_step, acc[r][i], acc[r][i + 1]);
+    } else {
+      // Unrolled, or all sums would have to be in memory.
+      PDARTS_UNROLL
+      for (int i = 0; i < N; ++i, at = unrelated(at + pixel_step))
+        if (i < count) store(at, acc[r][i]);
+    }
   }
 }
 
-// Rows [begin, end) of the convolution: `put` as above, once an output. Asks `ahead` for as many pixels.
-template <int K, int D, int S, class A, class Put>
-PDARTS_INLINE void depthwise_rows(const Plane& src, int64_t padding, const float* w,
-                                  int64_t blocks, int64_t begin, int64_t end, int64_t width,
-                                  const A& ahead, Put put) {
-  for (int64_t block = 0; block < blocks; ++block) {
-    const float* taps = w + block * K * K * V;
-    for (int64_t row = begin; row < end; ++row) {
-      int64_t column = 0;
-      if constexpr (kWideColumns > kColumns)
-        for (; width - column > kColumns; column += kWideColumns) {
-          ahead.ask_share((row - begin) * width + column, kWideColumns, block);
-          depthwise_columns<K, D, S, kWideColumns>(src, padding, taps, block, row, column,
-                                                   width - column, put);
+// Columns [first, last) of rows [begin, end), R rows by N columns at a time; two rows for a multiple of 2 * D rows.
+// Row `row` of the convolution, which is `width` pixels wide, is row 0 of `out` and of `ahead`.
+template <int K, int D, int S, int R, int N, class O>
+PDARTS_SHARED void depthwise_strip(const Plane& src, int64_t padding, const float* w, int64_t blocks, int64_t row,
+                                   int64_t begin, int64_t end, int64_t first, int64_t last, int64_t width,
+                                   const Aheads& ahead, const O& out) {
+  constexpr int kFirst = R == 1 ? 1 : D;  // rows that follow one another, each the first one of R
+  for (int64_t block = 0; block < blocks; ++block, w += K * K * V)
+    for (int64_t group = begin; group < end; group += R * kFirst)
+      for (int64_t i = group; i < group + kFirst; ++i) {
+        const float* from = src.at(block, (row + i) * S - padding, first * S - padding);
+        auto* to = out.first + block * out.block_step + i * out.row_step + first * out.pixel_step;
+        for (int64_t column = first; column < last; column += N, from += N * S * V, to += N * out.pixel_step) {
+          if (ahead.count)
+            for (int r = 0; r < R; ++r) ask_share(ahead, (i + r * D) * width + column, N, block);
+          depthwise_columns<K, D, S, R, N>(from, src.stride, w, last - column, to, out);
         }
-      for (; column < width; column += kColumns) {
-        ahead.ask_share((row - begin) * width + column, kColumns, block);
-        depthwise_columns<K, D, S, kColumns>(src, padding, taps, block, row, column,
-                                             width - column, put);
       }
-    }
+}
+
+// Rows [begin, end) of the convolution, the first of which is row 0 of `out`. Asks `ahead` for as many pixels.
+template <int K, int D, int S, class O>
+PDARTS_INLINE void depthwise_rows(const Plane& src, int64_t padding, const float* w, int64_t blocks, int64_t begin,
+                                  int64_t end, int64_t width, const Aheads& ahead, const O& out) {
+  const int64_t rows = end - begin;
+  const auto strip = [&](auto together, auto size, int64_t row, int64_t count, int64_t first, int64_t last)
+                         PDARTS_LAMBDA {
+    if (count > 0 && first < last)
+      depthwise_strip<K, D, S, together.value, size.value>(src, padding, w, blocks, begin, row, row + count, first,
+                                                           last, width, ahead, out);
+  };
+  if constexpr (kManyRegisters) {
+    // Blocks of 16 columns, then at most 8 columns, of two rows if they share what they read.
+    const int64_t wide = min_of(width, (width + kColumns - 1) / kWideColumns * kWideColumns);
+    const int64_t paired = S == 1 ? rows / (2 * D) * (2 * D) : 0;
+    strip(Int<1>{}, Int<kWideColumns>{}, 0, rows, 0, wide);
+    if constexpr (S == 1) strip(Int<2>{}, Int<kColumns>{}, 0, paired, wide, width);
+    strip(Int<1>{}, Int<kColumns>{}, paired, rows - paired, wide, width);
+  } else {
+    strip(Int<1>{}, Int<kColumns>{}, 0, rows, 0, width);
   }
 }
 
@@ -151,7 +190,9 @@ PDARTS_INLINE void add_transposed_2(const Plane& grad, const float* w, int64_t p
         w + block * K * K * V, acc);
     const int64_t count = min_of(n.value, (dst.width - column + 1) / 2);
     float* d = dst.at(block, row, column);
-    for (int64_t i = 0; i < count; ++i) store(d + 2 * i * V, load(d + 2 * i * V) + acc[i]);
+    PDARTS_UNROLL
+    for (int i = 0; i < n.value; ++i)
+      if (i < count) store(d + 2 * i * V, load(d + 2 * i * V) + acc[i]);
   };
   for (int64_t block = 0; block < blocks; ++block)
     for (int64_t row = (kRow + padding) % 2; row < dst.height; row += 2) {
@@ -224,8 +265,7 @@ PDARTS_INLINE void weight_taps(const Plane& grad, const Plane& src, int64_t padd
   }
 }
 
-// out [C / V][K * K][V] = or, unless it begins, += sum over pixels of grad * shifted src. Sums run over at
-// most `rows` rows before they join the total: short chains keep float accurate.
+// add_depthwise_weights of stencils.h.
 template <int K, int D, int S>
 PDARTS_INLINE void depthwise_weights(const Plane& grad, const Plane& src, int64_t padding,
                                      int64_t blocks, int64_t rows, float* out, bool begins) {
@@ -246,23 +286,6 @@ PDARTS_INLINE void depthwise_weights(const Plane& grad, const Plane& src, int64_
       for (int t = 0; t < K * K; ++t)
         store(total + t * V, (begins && !begin ? Vec{} : load(total + t * V)) + load(part + t * V));
     }
-}
-
-// a [(end - begin) * width, channels] = rows [begin, end) of a branch's depthwise convolution. Asks `ahead`
-// for as many pixels.
-template <class E, class A>
-PDARTS_SHARED void depthwise_chunk(const Branch& b, const Plane& src, const float* w,
-                                   int64_t channels, int64_t begin, int64_t end, int64_t width,
-                                   const A& ahead, E* a) {
-  with_kernel(b, [&](auto k, auto d, auto s) {
-    depthwise_rows<k.value, d.value, s.value>(
-        src, b.padding, w, channels / V, begin, end, width, ahead,
-        [=](int64_t row, int64_t column, int64_t block, const Vec* v, auto count) PDARTS_LAMBDA {
-          E* to = a + ((row - begin) * width + column) * channels + block * V;
-          if constexpr (count.value == 2) store_both(to, channels, v[0], v[1]);
-          else store(to, v[0]);
-        });
-  });
 }
 
 }  // namespace PDARTS_VARIANT

@@ -14,24 +14,6 @@ namespace {
 
 thread_local Scratch shared_scratch, sums_scratch, local_scratch;
 
-// dx = the transposed depthwise convolution of grad, added to what is there unless it is the `first`.
-template <class E, class A>
-PDARTS_SHARED void add_transposed(const Branch& b, const BackwardBranch<E>& packed, int64_t blocks,
-                                  const Plane& grad, const Plane& dx, bool first, const A& ahead) {
-  with_kernel(b, [&](auto k, auto d, auto s) {
-    if constexpr (s.value == 1)
-      depthwise_rows<k.value, d.value, 1>(
-          grad, b.padding, packed.flipped, blocks, 0, dx.height, dx.width, ahead,
-          [=](int64_t row, int64_t column, int64_t block, const Vec* v, auto count) PDARTS_LAMBDA {
-            float* o = dx.at(block, row, column);
-            PDARTS_UNROLL
-            for (int i = 0; i < count.value; ++i, o += V) store(o, first ? v[i] : load(o) + v[i]);
-          });
-    else
-      depthwise_transposed_2<k.value, d.value>(grad, packed.depthwise, b.padding, blocks, dx);
-  });
-}
-
 #ifdef PDARTS_AMX
 // Adds the gradient of a dense convolution's input, from its dy, to w.dx, or begins it.
 PDARTS_INLINE void add_dense(const Task& t, const Branch& b, const Packed<BFloat>& packed, const Work& w,
@@ -82,8 +64,9 @@ void conv_backward(const Task& t, const Sizes& s, const Branch& b, const Packed<
     pointwise_backward<T>(t, b, packed, group, n, begin, min_of(t.out_height, begin + rows), next,
                           w.x, w.grad, w.places, operands<T>(w.dy), operands<T>(w.a), after[0],
                           after[1]);
-  add_transposed(b, packed, t.channels / V, w.grad, w.dx, begins,
-                 ahead_if<kAskInStencils>(next_ahead<T>(t, next).first));
+  Aheads asked;
+  if (kAskInStencils) asked.add(next_ahead<T>(t, next).first);
+  add_transposed(b, w.grad, packed.depthwise, packed.flipped, t.channels / V, w.dx, begins, asked);
   weights_backward(t, b, packed, group, n, w.x, w.grad);
 }
 

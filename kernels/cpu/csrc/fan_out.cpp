@@ -5,12 +5,12 @@
 //   y = W depthwise(v)
 // Both write, into sums [2, C], mean and biased variance of every y. Backward: fan_in, mid.
 #include "dense.h"
-#include "depthwise.h"
 #include "gather.h"
 #include "parallel.h"
 #include "pooling.h"
 #include "primitives.h"
 #include "statistics.h"
+#include "stencils.h"
 #include "tiles.h"
 
 namespace pdarts {
@@ -164,7 +164,7 @@ void branch_rows(const Task& t, const Branch& b, const Packed<Operand<T>>& packe
   const Ahead next = ahead.from(begin * width);
   if (b.kind == kConv) {
     depthwise_chunk(b, plane, packed.depthwise, channels, begin, end, width,
-                    ahead_if<kAskInStencils>(next), a);
+                    kAskInStencils ? Aheads::of(next) : Aheads{}, a);
     multiply(ahead_if<!kAskInStencils>(next));
   } else {
     gather(t, b, image, begin, end, a);

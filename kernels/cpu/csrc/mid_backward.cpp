@@ -178,11 +178,13 @@ void image_backward(const Task& t, const Branch& b, const Packed<T>& packed, int
   for (int64_t begin = 0; begin < t.out_height; begin += rows)
     pointwise_backward<T>(t, b, packed, group, n, begin, min_of(t.out_height, begin + rows), next, w.v,
                           w.grad, w.places, operands<T>(w.dy), operands<T>(w.a));
-  const BothAhead asked{ahead, ahead_if<kAskInStencils>(next_ahead<T>(t, next).first)};
+  const Ahead gradient = next_ahead<T>(t, next).first;
   for (int64_t begin = 0; begin < t.out_height; begin += rows) {
     const int64_t end = min_of(t.out_height, begin + rows);
     // The stride of a second half is 1, so its transposed convolution is one with turned kernels.
-    depthwise_chunk(b, w.grad, packed.flipped, channels, begin, end, width, asked.from(begin * width), w.a);
+    Aheads asked = Aheads::of(ahead.from(begin * width));
+    if (kAskInStencils) asked.add(gradient.from(begin * width));
+    depthwise_chunk(b, w.grad, packed.flipped, channels, begin, end, width, asked, w.a);
     input_gradient<T>(t, b, n, begin, end,
                       [&](int64_t block) PDARTS_LAMBDA {
                         return PlaneInput{w.v.data + block * w.v.plane, w.places};

@@ -143,15 +143,6 @@ PDARTS_INLINE void pack_panels(const float* b, int64_t k_stride, int64_t n_strid
   }
 }
 
-// The address without what the compiler knows about it. It would keep one for each row of a tile; these
-// are more than there are registers, and loading the address before every number took a fifth of the
-// rate at C = 16.
-template <class E>
-PDARTS_INLINE const E* unrelated(const E* p) {
-  asm("" : "+r"(p));
-  return p;
-}
-
 template <int R, int NV, class E, class Put>
 PDARTS_INLINE void product_tile(const E* a, int64_t a_stride, const E* b, int64_t depth,
                                 int64_t pixel, int64_t block, Put put) {

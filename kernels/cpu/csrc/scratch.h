@@ -10,6 +10,13 @@
 #include "ahead.h"
 
 namespace pdarts {
+
+// What a Plane has; the same in every variant.
+struct PlaneData {
+  float* data;
+  int64_t height, width, pad, stride, plane;
+};
+
 namespace PDARTS_VARIANT {
 
 // Stencils compute whole blocks of columns: they may read, never use, this far beyond a plane.
@@ -60,17 +67,14 @@ class Scratch {
 };
 
 // One image, zero-padded, as [C / V][height + 2 pad][width + 2 pad][V].
-struct Plane {
-  float* data;
-  int64_t height, width, pad, stride, plane;
-
+struct Plane : PlaneData {
   static int64_t floats(int64_t height, int64_t width, int64_t pad, int64_t blocks) {
     return blocks * (height + 2 * pad) * (width + 2 * pad) * V + kSlack;
   }
 
   static Plane make(Scratch& scratch, int64_t height, int64_t width, int64_t pad, int64_t blocks) {
     const int64_t count = floats(height, width, pad, blocks);
-    Plane p{scratch.take<float>(count), height, width, pad, (width + 2 * pad) * V, 0};
+    Plane p{{scratch.take<float>(count), height, width, pad, (width + 2 * pad) * V, 0}};
     p.plane = (height + 2 * pad) * p.stride;
     std::memset(p.data, 0, static_cast<size_t>(count) * sizeof(float));
     return p;

@@ -29,6 +29,11 @@
 #endif
 
 namespace pdarts {
+
+struct BFloat {
+  uint16_t bits;
+};
+
 namespace PDARTS_VARIANT {
 
 constexpr int V = PDARTS_WIDTH;
@@ -50,10 +55,6 @@ typedef uint16_t UnalignedLine __attribute__((vector_size(64), aligned(2)));
 
 // A vector in memory of any type.
 typedef float AnyVec __attribute__((vector_size(V * 4), aligned(1), may_alias));
-
-struct BFloat {
-  uint16_t bits;
-};
 
 // A number as a type.
 template <int N>
@@ -105,6 +106,15 @@ PDARTS_INLINE Vec as_stored(Vec v) {
   T kept[V];
   store(kept, v);
   return load(kept);
+}
+
+// The address without what the compiler knows about it. It would keep one for each of many rows or pixels; where
+// these are more than there are registers, it loads the address before every number (a fifth of the rate of products
+// at C = 16).
+template <class T>
+PDARTS_INLINE T* unrelated(T* p) {
+  asm("" : "+r"(p));
+  return p;
 }
 
 // The value in a register: otherwise the compiler may load it anew for every use, and a load for
