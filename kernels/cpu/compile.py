@@ -27,7 +27,7 @@ SANITIZE = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefine
 WITH_PRODUCTS = ("fan_in", "mid_backward", "fan_out", "variant")
 PRIMITIVES = (*WITH_PRODUCTS, "stencils", "reduce", "mix", "draw")
 SCALAR = ("cell_backward", "cell_forward", "team", "dispatch", "emulate_amx")
-LONGEST_FIRST = ("stencils", "fan_in", "mid_backward", "reduce", "mix", "fan_out", "draw", *SCALAR, "variant")
+LONGEST_FIRST = ("fan_in", "stencils", "mid_backward", "fan_out", "reduce", "mix", "draw")
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,8 @@ def build(
                 target = f"{folder}/{variant.name}_{source}.o"
                 jobs.append([str(SOURCES / f"{source}.cpp"), *variant.flags, *names, "-o", target])
         # So that no processor idles at the end.
-        jobs.sort(key=lambda job: LONGEST_FIRST.index(Path(job[0]).stem))
+        order = (*LONGEST_FIRST, *SCALAR, "variant")
+        jobs.sort(key=lambda job: order.index(Path(job[0]).stem))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda job: _run([*compiler, *flags, "-c", *job]), jobs))
         objects = [job[-1] for job in jobs]
