@@ -6,9 +6,10 @@ import copy
 
 import pytest
 import torch
+from torch import Tensor
 
 from pdarts_fast.bench import accuracy, decisions, rivals
-from pdarts_fast.kernels import backends
+from pdarts_fast.kernels import backends, cell_operator, reference
 
 
 @pytest.mark.skipif(not backends.available()["cpu"].usable, reason="needs the compiled kernels")
@@ -27,6 +28,32 @@ def test_rounding_of_the_fused_cells_is_that_of_torch(stage: int) -> None:
             assert rival["plain"] == rival["rounding"]
         elif rival["flips"] > 3:
             assert rival["plain"]["weight gradients"] > 3 * rival["rounding"]["weight gradients"]
+
+
+class ExactPrimitives(reference.Reference):
+    """Primitives in float64 whose results are rounded to the arrays' float32."""
+
+    def coefficient_dtype(self, storage: torch.dtype) -> torch.dtype:
+        return torch.float64
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not backends.available()["cpu"].usable, reason="needs the compiled kernels")
+def test_storing_float32_alone_exceeds_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No program whose cells keep float32 has 1e-5 there, however it computes."""
+    backends.load("cpu").register()
+    in_storage = reference._weights
+    monkeypatch.setattr(reference, "_wide", Tensor.double)
+    monkeypatch.setattr(
+        reference, "_weights", lambda *args: tuple(w.double() for w in in_storage(*args))
+    )
+    monkeypatch.setitem(cell_operator._BACKENDS, "cpu", ExactPrimitives())
+    with cell_operator.primitive_by_primitive("cpu"):
+        found = accuracy.errors(3, 8, "cpu")
+    own, torchs = found["cpu"]["rounding"], found[rivals.PUBLISHED]["rounding"]
+    assert 1e-5 < own["weight gradients"] < torchs["weight gradients"]
+    # It does compute more exactly than torch.
+    assert own["logits"] < torchs["logits"]
 
 
 def test_a_graph_with_its_own_decisions_is_the_same_graph() -> None:
