@@ -61,7 +61,6 @@ struct Ahead : AheadData {
 
 // Asks for nothing.
 struct NothingAhead {
-  NothingAhead from(int64_t) const { return {}; }
   void ask(int64_t, int64_t) const {}
 };
 
@@ -70,8 +69,6 @@ template <class First, class Second>
 struct BothAhead {
   First first;
   Second second;
-
-  BothAhead from(int64_t pixel) const { return {first.from(pixel), second.from(pixel)}; }
 
   PDARTS_INLINE_METHOD void ask(int64_t pixel, int64_t block) const {
     first.ask(pixel, block);
