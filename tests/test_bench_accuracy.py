@@ -40,7 +40,7 @@ class ExactPrimitives(reference.Reference):
 @pytest.mark.slow
 @pytest.mark.skipif(not backends.available()["cpu"].usable, reason="needs the compiled kernels")
 def test_storing_float32_alone_exceeds_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No program whose cells keep float32 has 1e-5 there, however it computes."""
+    """In stage 3 cells that compute in float64 and keep float32 do not have 1e-5 either."""
     backends.load("cpu").register()
     in_storage = reference._weights
     monkeypatch.setattr(reference, "_wide", Tensor.double)

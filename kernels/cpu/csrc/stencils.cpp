@@ -11,23 +11,13 @@ namespace {
 // Calls f(Int<K>, Int<dilation>, Int<stride>).
 template <class F>
 PDARTS_INLINE void with_kernel(const Branch& b, F f) {
-  if (b.kernel == 3) {
-    if (b.dilation == 1) {
-      if (b.stride == 1) f(Int<3>{}, Int<1>{}, Int<1>{});
-      else f(Int<3>{}, Int<1>{}, Int<2>{});
-    } else {
-      if (b.stride == 1) f(Int<3>{}, Int<2>{}, Int<1>{});
-      else f(Int<3>{}, Int<2>{}, Int<2>{});
-    }
-  } else {
-    if (b.dilation == 1) {
-      if (b.stride == 1) f(Int<5>{}, Int<1>{}, Int<1>{});
-      else f(Int<5>{}, Int<1>{}, Int<2>{});
-    } else {
-      if (b.stride == 1) f(Int<5>{}, Int<2>{}, Int<1>{});
-      else f(Int<5>{}, Int<2>{}, Int<2>{});
-    }
-  }
+  const auto with_stride = [&](auto k, auto d) PDARTS_LAMBDA {
+    b.stride == 1 ? f(k, d, Int<1>{}) : f(k, d, Int<2>{});
+  };
+  const auto with_dilation = [&](auto k) PDARTS_LAMBDA {
+    b.dilation == 1 ? with_stride(k, Int<1>{}) : with_stride(k, Int<2>{});
+  };
+  b.kernel == 3 ? with_dilation(Int<3>{}) : with_dilation(Int<5>{});
 }
 
 // depthwise_chunk for one type of its output.
